@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward KL from a teacher's distribution to a student's, over the tokens that matter and a few rows at a time.
+
+Teacher and student are the same frozen model on different caches. What is kept of the teacher is its ``top_k`` tokens and
+the token that really came, per position (STILL, arXiv 2606.07878; Cartridges, arXiv 2506.06266): rows of the vocabulary's
+width exist for ``rows`` positions at a time, in the backward pass too.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .._checks import check_choice, check_int, check_tensor
+from ..patch.families import decoder
+
+RESTS = ("lump", "renormalise")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The teacher's distribution at N positions.
+
+    Attributes:
+        ids: int64 ``[N, k + 1]``: its k most likely tokens, and last the token that really came.
+        logs: fp32 ``[N, k + 1]`` log-probabilities (natural log) over the whole vocabulary; -inf in the last column where
+            that token is among the k.
+    """
+
+    ids: Tensor
+    logs: Tensor
+
+    @property
+    def gold(self) -> Tensor:
+        """int64 ``[N]``: the tokens that really came."""
+        return self.ids[:, -1]
+
+    @property
+    def top(self) -> Tensor:
+        """int64 ``[N]``: the teacher's most likely tokens."""
+        return self.ids[:, 0]
+
+
+def hidden_states(model: nn.Module, ids: Tensor, past: Any, rows: Tensor) -> Tensor:
+    """Final hidden states that predict chosen tokens.
+
+    Args:
+        model: a patched model with a vocabulary head.
+        ids: int64 ``[B, n]`` new tokens.
+        past: a ``CompactCache`` or ``CompactSession``, or None.
+        rows: bool ``[B, n]``: tokens to predict; the first column must be False, for nothing in ``ids`` predicts it.
+
+    Returns:
+        ``[N, hidden]``, the N chosen tokens row by row.
+    """
+    check_tensor("rows", rows, shape=tuple(ids.shape), dtypes=(torch.bool,))
+    if bool(rows[:, 0].any()):
+        raise ValueError("rows must be False in its first column: the token before it is in the cache")
+    out = decoder(model)(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
+    return out[:, :-1][rows[:, 1:]]
+
+
+def vocabulary_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """fp32 logits ``[N, vocabulary]`` of hidden states ``[N, hidden]``, as the model's own forward pass makes them."""
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def teacher_targets(model: nn.Module, hidden: Tensor, gold: Tensor, top_k: int = 200, rows: int = 256) -> Targets:
+    """The teacher's distribution at N positions.
+
+    Args:
+        hidden: ``[N, hidden]`` of the teacher's pass.
+        gold: int64 ``[N]``: the tokens that really came.
+        top_k: tokens kept (all of the vocabulary when it is smaller).
+        rows: positions whose logits exist at a time.
+    """
+    check_int("top_k", top_k, minimum=1)
+    check_int("rows", rows, minimum=1)
+    check_tensor("gold", gold, shape=(hidden.shape[0],), dtypes=(torch.int64,))
+    if hidden.shape[0] == 0:
+        raise ValueError("hidden must hold at least one position, got none")
+    ids, logs = [], []
+    for part, came in zip(hidden.split(rows), gold.split(rows)):
+        all_logs = vocabulary_logits(model, part).log_softmax(-1)
+        best, index = all_logs.topk(min(top_k, all_logs.shape[-1]), -1)
+        own = all_logs.gather(1, came[:, None])
+        own = own.masked_fill((index == came[:, None]).any(1, keepdim=True), float("-inf"))
+        ids.append(torch.cat([index, came[:, None]], 1))
+        logs.append(torch.cat([best, own], 1))
+    return Targets(torch.cat(ids), torch.cat(logs))
+
+
+def distillation_loss(
+    model: nn.Module, hidden: Tensor, targets: Targets, *, rest: str = "lump", rows: int = 256
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward KL(teacher || student) at each position, and how the student did otherwise.
+
+    Args:
+        model: its vocabulary head is used; the head's own parameters get no gradient unless they require one.
+        hidden: ``[N, hidden]`` of the student's pass.
+        targets: of the same positions.
+        rest: "lump": all other tokens count as one, which makes a lower bound of the full KL; "renormalise": both
+            distributions are scaled to the kept tokens, as Cartridges' code does.
+        rows: positions whose logits exist at a time.
+
+    Returns:
+        ``(kl [N], cross_entropy [N], right [N])``, fp32: nats; cross-entropy of the tokens that came; 1 where the student's
+        most likely token is that token. ``kl`` and ``cross_entropy`` are differentiable.
+    """
+    check_choice("rest", rest, RESTS)
+    check_int("rows", rows, minimum=1)
+    if targets.ids.shape[0] != hidden.shape[0]:
+        raise ValueError(f"targets are of {targets.ids.shape[0]} positions, hidden of {hidden.shape[0]}")
+    parts = []
+    for part, ids, logs in zip(hidden.split(rows), targets.ids.split(rows), targets.logs.split(rows)):
+        if torch.is_grad_enabled() and part.requires_grad:
+            parts.append(checkpoint(_compare, model, part, ids, logs, rest, use_reentrant=False))
+        else:
+            parts.append(_compare(model, part, ids, logs, rest))
+    kl, cross_entropy, right = zip(*parts)
+    return torch.cat(kl), torch.cat(cross_entropy), torch.cat(right)
+
+
+def _compare(model: nn.Module, hidden: Tensor, ids: Tensor, logs: Tensor, rest: str) -> tuple[Tensor, Tensor, Tensor]:
+    student = vocabulary_logits(model, hidden).log_softmax(-1)
+    kept = student.gather(1, ids)
+    counted = logs > float("-inf")
+    if rest == "renormalise":
+        logs = logs - logs.logsumexp(1, keepdim=True)
+        scaled = kept - kept.masked_fill(~counted, float("-inf")).logsumexp(1, keepdim=True)
+        kl = _divergence(logs, scaled, counted).sum(1)
+    else:
+        # beyond the kept tokens little mass is left, and what 1 - sum loses to rounding must not become -inf
+        smallest = 1e-6
+        other = (1 - logs.exp().sum(1)).clamp(min=smallest)
+        seen = (1 - (kept.exp() * counted).sum(1)).clamp(min=smallest)
+        kl = _divergence(logs, kept, counted).sum(1) + other * (other.log() - seen.log())
+    right = (student.argmax(1) == ids[:, -1]).float()
+    return kl, -kept[:, -1], right.detach()
+
+
+def _divergence(logs: Tensor, other: Tensor, counted: Tensor) -> Tensor:
+    """p (log p - log q) entry by entry, 0 where p is; the mask keeps 0 * inf out of the backward pass."""
+    return torch.where(counted, logs.exp() * (logs.masked_fill(~counted, 0.0) - other), 0.0)
