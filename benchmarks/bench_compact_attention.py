@@ -47,12 +47,19 @@ class Case:
     tail: int
     dtype: torch.dtype
     shared: bool = False
+    query_len: int = 1
 
     def bytes_read(self) -> int:
         _, kv_heads, d = MODELS[self.model]
         requests = 1 if self.shared else self.batch
         pair = 2 * d * self.dtype.itemsize
         return kv_heads * (requests * self.slots * (pair + 4) + self.batch * self.tail * pair)
+
+    def operations(self) -> float:
+        """Floating-point operations of both products, over the pairs that are visible (the tail is causal)."""
+        heads, _, d = MODELS[self.model]
+        tail = self.query_len * (self.tail - (self.query_len - 1) / 2) if self.tail else 0
+        return 4.0 * d * heads * self.batch * (self.query_len * self.slots + tail)
 
     def bytes_of_copies(self) -> int:
         _, kv_heads, d = MODELS[self.model]
@@ -75,16 +82,16 @@ def cases(full: bool) -> list[Case]:
 class Inputs:
     """One set of inputs of a case: as the kernel takes them, and as the peers do."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         heads, self.kv_heads, d = MODELS[case.model]
         requests = 1 if case.shared else case.batch
 
         def rand(*shape: int) -> Tensor:
-            return torch.empty(*shape, dtype=case.dtype).normal_()
+            return torch.empty(*shape, dtype=case.dtype, device=device).normal_()
 
-        self.query = rand(case.batch, heads, 1, d)
+        self.query = rand(case.batch, heads, case.query_len, d)
         self.keys, self.values = (rand(requests, self.kv_heads, case.slots, d) for _ in range(2))
-        self.beta = torch.randn(requests, self.kv_heads, case.slots)
+        self.beta = torch.randn(requests, self.kv_heads, case.slots, device=device)
         self.tail = [rand(case.batch, self.kv_heads, case.tail, d) for _ in range(2)] if case.tail else [None, None]
 
     def peer_layout(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,21 +101,21 @@ class Inputs:
             x = x.expand(case.batch, *x.shape[1:])
             return torch.cat([x] if tail is None else [x, tail], 2).contiguous()
 
-        bias_tail = torch.zeros(case.batch, self.kv_heads, case.tail) if case.tail else None
+        bias_tail = self.beta.new_zeros(case.batch, self.kv_heads, case.tail) if case.tail else None
         bias = whole(self.beta, bias_tail).to(case.dtype)[:, :, None]
         return whole(self.keys, self.tail[0]), whole(self.values, self.tail[1]), bias
 
 
-def kernel(inputs: Inputs, return_lse: bool = False):
+def kernel(inputs: Inputs, return_lse: bool = False, backend: str = "cpu", beta: bool = True):
     return compact_attention(
         inputs.query,
         inputs.keys,
         inputs.values,
-        inputs.beta,
+        inputs.beta if beta else None,
         tail_keys=inputs.tail[0],
         tail_values=inputs.tail[1],
         return_lse=return_lse,
-        backend="cpu",
+        backend=backend,
     )
 
 
@@ -125,24 +132,39 @@ def eager(query: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ v
 
 
-def check(case: Case, inputs: Inputs) -> None:
-    """The error budget on (some requests and KV heads of) the inputs that will be timed."""
-    out, lse = kernel(inputs, return_lse=True)
+def check(case: Case, inputs: Inputs, backend: str = "cpu", beta: bool = True) -> None:
+    """The error budget on (some requests, KV heads and queries of) the inputs that will be timed."""
+    out, lse = kernel(inputs, return_lse=True, backend=backend, beta=beta)
     group = out.shape[1] // inputs.kv_heads
     picks = torch.cartesian_prod(torch.arange(case.batch), torch.arange(inputs.kv_heads))
     for b, h in picks[torch.randperm(len(picks))[:4]].tolist():
         heads, block = slice(h * group, (h + 1) * group), 0 if case.shared else b
-        q = inputs.query[b : b + 1, heads]
-        k, v = (x[block : block + 1, h : h + 1] for x in (inputs.keys, inputs.values))
-        beta = inputs.beta[block : block + 1, h : h + 1]
+        k, v = ([x[block : block + 1, h : h + 1]] for x in (inputs.keys, inputs.values))
+        bias = [inputs.beta[block : block + 1, h : h + 1] if beta else None]
         tail = [None if x is None else x[b : b + 1, h : h + 1] for x in inputs.tail]
-        naive = reference.compact_attention(q, [k], [v], [beta], [None], *tail, None, q.shape[-1] ** -0.5)
-        wide = [None if x is None else x.double() for x in (q, k, v, beta, *tail)]
-        truth = reference.compact_attention(
-            wide[0], [wide[1]], [wide[2]], [wide[3]], [None], wide[4], wide[5], None, q.shape[-1] ** -0.5
-        )
-        assert_within_budget(out[b : b + 1, heads], naive[0], truth[0], name=f"{case}: out")
-        assert_within_budget(lse[b : b + 1, heads], naive[1], truth[1], name=f"{case}: lse")
+        for rows in checked_rows(case.query_len):
+            q = inputs.query[b : b + 1, heads, rows]
+            # rows before the last see a shorter tail; the last of them is aligned with its last token
+            seen = [None if x is None else x[:, :, : case.tail - case.query_len + rows.stop] for x in tail]
+            args = (q, k, v, bias, [None], *seen, None, q.shape[-1] ** -0.5)
+            naive = reference.compact_attention(*args)
+            truth = reference.compact_attention(*_doubled(args))
+            where = (slice(b, b + 1), heads, rows)
+            name = f"{case}, {backend}, request {b}, KV head {h}"
+            assert_within_budget(out[where], naive[0], truth[0], name=f"{name}: out")
+            assert_within_budget(lse[where], naive[1], truth[1], name=f"{name}: lse")
+
+
+def checked_rows(query_len: int, most: int = 96) -> list[slice]:
+    """The queries that are compared: all, or the first, some in the middle and the last."""
+    if query_len <= 3 * most:
+        return [slice(0, query_len)]
+    return [slice(start, start + most) for start in (0, query_len // 2, query_len - most)]
+
+
+def _doubled(args: tuple) -> tuple:
+    wide = [[x if x is None else x.double() for x in a] if isinstance(a, list) else a for a in args]
+    return tuple(x.double() if isinstance(x, Tensor) else x for x in wide)
 
 
 def time_case(case: Case, probe: ReadProbe, seconds: float) -> dict[str, Timing]:

@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bench_still_compaction import temporary_bytes
-from common import Rows, arguments, machine, measure
+from common import Rows, arguments, machine, measure, temporary_bytes
 from torch import Tensor
 
 from kvcompact_kernels.backends.cpu import library

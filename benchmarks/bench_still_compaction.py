@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common import Rows, arguments, machine, measure
+from common import Rows, arguments, machine, measure, temporary_bytes
 from torch import Tensor
 
 from kvcompact_kernels.backends.cpu import library
@@ -64,11 +64,13 @@ def cases(full: bool) -> list[Case]:
 class Layer:
     """A layer's cache and parameters, with weights that route by content as well as by position."""
 
-    def __init__(self, case: Case, config: StillConfig) -> None:
+    def __init__(self, case: Case, config: StillConfig, device: str = "cpu") -> None:
         _, kv_heads, d = MODELS[case.model]
-        self.config, self.rope = config, Rope.default(d, 100000.0)
-        self.keys, self.values = (torch.randn(1, kv_heads, case.tokens, d).to(case.dtype) for _ in range(2))
-        params = init_still_parameters(config)
+        # the rotation's frequencies lie where the keys do, as a model's: to copy them there would end a graph capture
+        self.config, self.rope = config, Rope(Rope.default(d, 100000.0).inv_freq.to(device))
+        shape = (1, kv_heads, case.tokens, d)
+        self.keys, self.values = (torch.empty(shape, dtype=case.dtype, device=device).normal_() for _ in range(2))
+        params = init_still_parameters(config, device=device)
         self.params = {n: (p + torch.randn_like(p) / math.sqrt(p.shape[-1])).to(case.dtype) for n, p in params.items()}
 
     def cross_attention_arguments(self) -> tuple[list[Tensor | None], dict[str, Tensor]]:
@@ -82,9 +84,9 @@ class Layer:
         return tensors, dict(zip(names, values))
 
 
-def check_layer(layer: Layer) -> None:
+def check_layer(layer: Layer, backend: str = "cpu") -> None:
     args = (layer.config, layer.rope)
-    got = still_compaction(layer.keys, layer.values, layer.params, *args, backend="cpu")
+    got = still_compaction(layer.keys, layer.values, layer.params, *args, backend=backend)
     naive = reference.still_compaction(layer.keys, layer.values, layer.params, *args)
     wide = {name: p.double() for name, p in layer.params.items()}
     truth = reference.still_compaction(layer.keys.double(), layer.values.double(), wide, *args)
@@ -100,21 +102,6 @@ def check_cross_attention(layer: Layer) -> None:
     truth = reference.still_cross_attention(*(x.double() for x in (*tensors, *tables.values())), scale, 1e-6)
     for name, a, b, c in zip(("pooled", "lse"), got, naive, truth):
         assert_within_budget(a, b, c, name=name)
-
-
-def temporary_bytes(function: Callable[[], object]) -> int:
-    """The most that a call holds at once from PyTorch's CPU allocator, less what it returns."""
-    function()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
-        result = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    kept = sum(x.untyped_storage().nbytes() for x in result if x is not None)
-    return peak - kept
 
 
 def operations(case: Case, blocks: int) -> float:

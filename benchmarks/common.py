@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
+import hashlib
+import math
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -19,16 +23,27 @@ from kvcompact_kernels.backends.cpu import library
 from kvcompact_kernels.version import __version__
 
 RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = RESULTS.parents[1]
+FLUSHES = 4  # an L2 cache is flushed by reading so many times its size
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the 20th, 50th and 80th percentile of ``calls`` calls."""
+    """Milliseconds of one call: the 20th, 50th and 80th percentile of ``calls`` calls.
+
+    ``how``: "clock" on a CPU; on a GPU "graph" for replays of a captured graph and "launches" for ordinary calls, both
+    between two events.
+    """
 
     p20: float
     p50: float
     p80: float
     calls: int
+    how: str = "clock"
+
+    def divided(self, parts: int) -> Timing:
+        """Of one of ``parts`` equal pieces of the call."""
+        return Timing(self.p20 / parts, self.p50 / parts, self.p80 / parts, self.calls, self.how)
 
 
 def measure(
@@ -59,10 +74,126 @@ def measure(
     return {name: _percentiles(values) for name, values in times.items()}
 
 
-def _percentiles(values: list[float]) -> Timing:
+def _percentiles(values: list[float], how: str = "clock") -> Timing:
     ordered = sorted(values)
     p20, p50, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
-    return Timing(p20, p50, p80, len(ordered))
+    return Timing(p20, p50, p80, len(ordered), how)
+
+
+def capture(function: Callable[[], object], pool: object = None) -> tuple[Callable[[], None] | None, str]:
+    """``(replay, "")`` of a CUDA graph of one call, or ``(None, why not)``. The call is made three times."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and fills the caches of libraries, where a capture may not
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            function()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return None, str(error).strip().split("\n")[0]
+    return graph.replay, ""
+
+
+class Flush:
+    """Reads more than the L2 cache of a GPU holds, so that the next call finds its inputs in memory. Nothing is written:
+    dirty lines would be written back while the next call runs."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.data = torch.ones(max(FLUSHES * cache, 64 << 20) // 4, dtype=torch.int32, device=device)
+        self.sum = torch.empty((), dtype=torch.int64, device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self.data, dim=0, out=self.sum)
+
+
+def measure_cuda(
+    functions: dict[str, Callable[[], object]],
+    seconds: float = 0.2,
+    least_calls: int = 5,
+    most_calls: int = 100,
+    graphs: bool = True,
+) -> dict[str, Timing]:
+    """:func:`measure` on the current CUDA device: between events, one call of each in turn, the L2 cache flushed before each.
+
+    The flush runs on the device while the host launches the call behind it, so short calls do not wait for the host.
+
+    Args:
+        graphs: captures each function once and times replays; one that cannot be captured is launched as it is.
+    """
+    flush = Flush(torch.cuda.current_device())
+    ready, how, times = {}, {}, {}
+    pool = torch.cuda.graph_pool_handle() if graphs else None
+    for name, function in functions.items():
+        function()
+        replay, reason = capture(function, pool) if graphs else (None, "")
+        if reason:
+            print(f"    {name} runs without a graph: {reason}")
+        ready[name], how[name] = replay or function, "graph" if replay else "launches"
+
+    def timed(name: str) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush()
+        begin.record()
+        ready[name]()
+        end.record()
+        return begin, end
+
+    wanted = {}
+    for name in functions:
+        timed(name)
+        begin, end = timed(name)
+        end.synchronize()
+        wanted[name] = min(most_calls, max(least_calls, math.ceil(seconds * 1e3 / (begin.elapsed_time(end) + 0.1))))
+        times[name] = []
+    for start in range(0, max(wanted.values(), default=0), 10):  # the queue of launches stays short
+        events = [
+            (name, *timed(name))
+            for turn in range(start, start + 10)
+            for name, number in wanted.items()
+            if turn < number
+        ]
+        torch.cuda.synchronize()
+        for name, begin, end in events:
+            times[name].append(begin.elapsed_time(end))
+    return {name: _percentiles(values, how[name]) for name, values in times.items()}
+
+
+def measure_on(
+    device: str, functions: dict[str, Callable[[], object]], seconds: float, graphs: bool = True, least_calls: int = 5
+) -> dict[str, Timing]:
+    """Times functions against each other on ``"cpu"`` or ``"cuda"``."""
+    if device == "cpu":
+        return measure({n: lambda _, f=f: f() for n, f in functions.items()}, seconds, least_calls)
+    return measure_cuda(functions, seconds, least_calls, graphs=graphs)
+
+
+def temporary_bytes(function: Callable[[], object], device: str = "cpu") -> int:
+    """The most that a call holds at once from PyTorch's allocator, less the tensors that it returns."""
+    function()
+    if device == "cpu":
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
+            result = function()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+    else:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in result if x is not None}
+    return peak - sum(kept.values())
 
 
 def cpu_name() -> str:
@@ -89,14 +220,56 @@ def machine(device: str = "cpu") -> dict[str, str]:
         isa = library.isa() if library.available()[0] else ""
         row |= {"device": f"{cpu_name()} ({os.cpu_count()} cores)", "isa": isa, "driver": ""}
     else:
-        row |= {"device": torch.cuda.get_device_name(device), "isa": "", "driver": f"CUDA {torch.version.cuda}"}
-    return row | {"python": platform.python_version(), "commit": _commit(), "date": time.strftime("%Y-%m-%d")}
+        row |= {"device": torch.cuda.get_device_name(device), "isa": "", "driver": driver_version()}
+    return row | {"python": platform.python_version(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS), "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+def versions() -> str:
+    """Everything that a GPU row depends on, in one cell."""
+    found = {"kvcompact": __version__, "torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    if torch.cuda.is_available():
+        found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    return ", ".join(f"{k} {v}" for k, v in (found | {"python": platform.python_version()}).items())
+
+
+@functools.cache
+def driver_version() -> str:
+    """Version of the NVIDIA driver; empty where it cannot be asked."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.split("\n")[0].strip() if result.returncode == 0 else ""
+
+
+@functools.cache
+def commit() -> str:
+    """The commit that is measured: ``$KVCOMPACT_COMMIT``, or git's, or a hash of the sources where there is no git."""
+    given = os.environ.get("KVCOMPACT_COMMIT", "").strip()
+    if given:
+        return given
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        found = result.stdout.strip() if result.returncode == 0 else ""
+    except OSError:
+        found = ""
+    return found or f"sources-{sources_digest()}"
+
+
+def sources_digest() -> str:
+    """Twelve digits of a hash of what is built and run: the package's Python and JSON files and everything in csrc."""
+    digest = hashlib.sha256()
+    kept = [p for p in (ROOT / "kvcompact_kernels").rglob("*") if p.suffix in (".py", ".json")]
+    for path in sorted([*kept, *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Rows:
