@@ -5,19 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._checks import check_choice
 from ..cache import CompactBlock
 from ..model_spec import ModelSpec
-from ..ops.key_scores import key_scores
-from ..reference.selection import kept_window, pool_scores, share_budget, top_tokens
+from ..reference.selection import share_budget, top_tokens
 from ._scored import ScoredMethod
-from ._selection import check_layer, check_share, leading_sinks, whole_layer
+from ._selection import check_layer, check_share, whole_layer
 from .base import LayerInput, Method, get_method, list_methods, register_method
-from .h2o import H2O
-from .pyramidkv import PyramidKV
-from .snapkv import SnapKV
 
 
 @register_method
@@ -29,7 +24,7 @@ class AdaKV(Method):
     least a share of what equal budgets would give it. Heads really hold unequal numbers of slots: no padding is stored.
 
     Attributes:
-        scorer: "snapkv", "pyramidkv", "h2o", or any method that is a ``ScoredMethod``.
+        scorer: any method that is a ``ScoredMethod``: "snapkv", "pyramidkv", "h2o", ...
         options: of the scorer.
         floor_share: share of the equal budget that each head keeps in any case (the paper's safeguard).
     """
@@ -43,7 +38,7 @@ class AdaKV(Method):
     floor_share: float = 0.2
 
     def __post_init__(self):
-        names = [n for n, cls in list_methods().items() if issubclass(cls, (SnapKV, H2O, ScoredMethod))]
+        names = [n for n, cls in list_methods().items() if issubclass(cls, ScoredMethod)]
         check_choice("scorer", self.scorer, tuple(names))
         if not isinstance(self.options, dict):
             raise TypeError(f"options must be a dict of the scorer's options, got {type(self.options).__name__}")
@@ -69,7 +64,7 @@ class AdaKV(Method):
         check_layer(self, layer, slots)
         if slots == layer.num_tokens:
             return whole_layer(layer)
-        scores, first, last = self._scores(layer, slots)
+        scores, (first, last) = self._scorer.scores(layer), self._scorer.ends(layer, slots)
         floor = min(slots, max(1, first + last, int(self.floor_share * slots)))
         counts = share_budget(scores, slots, floor, first, last)
         heads = []
@@ -79,18 +74,3 @@ class AdaKV(Method):
                 kept = top_tokens(scores[b, h], count, first=first, last=last)
                 heads[-1].append((layer.keys[b, h, kept], layer.values[b, h, kept], None))
         return CompactBlock.pack(heads)
-
-    def _scores(self, layer: LayerInput, slots: int) -> tuple[Tensor, int, int]:
-        """The scorer's scores ``[B, Hkv, T]``, and how many tokens at either end it keeps in any case."""
-        method = self._scorer
-        if isinstance(method, ScoredMethod):
-            return method.scores(layer), *method.ends(layer, slots)
-        sinks = leading_sinks(layer, method.sinks)
-        if isinstance(method, (SnapKV, PyramidKV)):
-            window = min(method.window, layer.num_tokens)
-            scores = key_scores(layer.queries[:, :, -window:], layer.keys, scale=layer.scale)
-            before = layer.num_tokens - min(window, layer.num_tokens - 1)
-            pooled = pool_scores(scores[..., :before], method.kernel_size, method.pooling)
-            return torch.cat([pooled, scores[..., before:]], -1), sinks, kept_window(slots, window, sinks)
-        scores = key_scores(layer.queries[:, :, -layer.num_tokens :], layer.keys, scale=layer.scale)
-        return scores, sinks, min(int(method.recent_share * slots), slots - sinks)

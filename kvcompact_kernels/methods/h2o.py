@@ -7,14 +7,15 @@ from torch import Tensor
 
 from .._checks import check_int
 from ..ops.key_scores import key_scores
-from ..reference.selection import heavy_hitters
-from ._selection import SelectionMethod, check_share, leading_sinks
+from ..reference.selection import kept_recent
+from ._scored import ScoredMethod
+from ._selection import check_share, leading_sinks
 from .base import LayerInput, register_method
 
 
 @register_method
 @dataclass
-class H2O(SelectionMethod):
+class H2O(ScoredMethod):
     """Keeps the tokens that received most attention, summed over all prefill queries, and the newest ones.
 
     H2O (arXiv 2306.14048, section 4), with the scores of a whole prefill instead of step by step, and summed over the
@@ -44,6 +45,9 @@ class H2O(SelectionMethod):
     def min_slots(self) -> int:
         return self.sinks + 1
 
-    def select(self, layer: LayerInput, slots: int) -> Tensor:
-        scores = key_scores(layer.queries[:, :, -layer.num_tokens :], layer.keys, scale=layer.scale)
-        return heavy_hitters(scores, slots, self.recent_share, leading_sinks(layer, self.sinks))
+    def ends(self, layer: LayerInput, slots: int) -> tuple[int, int]:
+        sinks = leading_sinks(layer, self.sinks)
+        return sinks, kept_recent(slots, self.recent_share, sinks)
+
+    def scores(self, layer: LayerInput) -> Tensor:
+        return key_scores(layer.queries[:, :, -layer.num_tokens :], layer.keys, scale=layer.scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .._checks import check_int
-from ..reference.selection import persistence
+from ..reference.selection import kept_recent, persistence
 from ._scored import ScoredMethod
 from ._selection import check_share, leading_sinks
 from .base import LayerInput, register_method
@@ -50,7 +50,7 @@ class Scissorhands(ScoredMethod):
 
     def ends(self, layer: LayerInput, slots: int) -> tuple[int, int]:
         sinks = leading_sinks(layer, self.sinks)
-        return sinks, min(int(self.recent_share * slots), slots - sinks)
+        return sinks, kept_recent(slots, self.recent_share, sinks)
 
     def scores(self, layer: LayerInput) -> Tensor:
         return persistence(layer.queries[:, :, -layer.num_tokens :], layer.keys, layer.scale, self.history)

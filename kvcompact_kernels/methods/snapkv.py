@@ -7,14 +7,15 @@ from torch import Tensor
 
 from .._checks import check_choice, check_int
 from ..ops.key_scores import key_scores
-from ..reference.selection import observed_by_window
-from ._selection import SelectionMethod, leading_sinks
+from ..reference.selection import kept_window, pool_before_window
+from ._scored import ScoredMethod
+from ._selection import leading_sinks
 from .base import LayerInput, register_method
 
 
 @register_method
 @dataclass
-class SnapKV(SelectionMethod):
+class SnapKV(ScoredMethod):
     """Keeps the last ``window`` tokens and those that these attend to most, pooled over neighbours.
 
     SnapKV (arXiv 2404.14469, section 4); the query heads of a KV head vote together. With few slots the kept window
@@ -52,9 +53,11 @@ class SnapKV(SelectionMethod):
     def min_slots(self) -> int:
         return self.sinks + 1
 
-    def select(self, layer: LayerInput, slots: int) -> Tensor:
+    def ends(self, layer: LayerInput, slots: int) -> tuple[int, int]:
+        sinks = leading_sinks(layer, self.sinks)
+        return sinks, kept_window(slots, min(self.window, layer.num_tokens), sinks)
+
+    def scores(self, layer: LayerInput) -> Tensor:
         window = min(self.window, layer.num_tokens)
         scores = key_scores(layer.queries[:, :, -window:], layer.keys, scale=layer.scale)
-        return observed_by_window(
-            scores, slots, window, self.kernel_size, self.pooling, leading_sinks(layer, self.sinks)
-        )
+        return pool_before_window(scores, window, self.kernel_size, self.pooling)

@@ -37,17 +37,9 @@ def sinks_and_recent(num_tokens: int, slots: int, sinks: int) -> Tensor:
     return top_tokens(torch.zeros(num_tokens), slots, first=sinks, last=slots - sinks)
 
 
-def heavy_hitters(scores: Tensor, slots: int, recent_share: float = 0.5, sinks: int = 0) -> Tensor:
-    """H2O (arXiv 2306.14048, section 4): the newest tokens and those that received most attention of all queries.
-
-    Args:
-        scores: ``[..., T]`` attention received, summed over all queries.
-        recent_share: share of ``slots`` that goes to the newest tokens, rounded down; the rest are heavy hitters.
-        sinks: first tokens that are kept in any case, out of the heavy hitters' part; the newest tokens yield when
-            ``slots`` has no room for both.
-    """
-    recent = min(int(recent_share * slots), slots - sinks)
-    return top_tokens(scores, slots, first=sinks, last=recent)
+def kept_recent(slots: int, share: float, sinks: int) -> int:
+    """How many of the newest tokens get ``share`` of the slots, rounded down: they yield to the ``sinks`` first tokens."""
+    return min(int(share * slots), slots - sinks)
 
 
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str = "avg") -> Tensor:
@@ -71,22 +63,16 @@ def kept_window(slots: int, window: int, sinks: int) -> int:
     return min(window, (slots - sinks) // 2)
 
 
-def observed_by_window(
-    scores: Tensor, slots: int, window: int = 32, kernel_size: int = 7, pooling: str = "avg", sinks: int = 0
-) -> Tensor:
-    """SnapKV (arXiv 2404.14469, section 4): the last ``window`` tokens and those that these attend to most.
+def pool_before_window(scores: Tensor, window: int = 32, kernel_size: int = 7, pooling: str = "avg") -> Tensor:
+    """SnapKV (arXiv 2404.14469, section 4): scores pooled over neighbours, but for those of the last ``window`` tokens.
 
     Args:
         scores: ``[..., T]`` attention received, summed over the last ``window`` queries.
-        window: observed queries. They are kept as well, down to :func:`kept_window` of them when slots are few.
-        kernel_size, pooling: of the scores before the window, see :func:`pool_scores`.
-        sinks: first tokens that are kept in any case (the paper has none).
+        kernel_size, pooling: see :func:`pool_scores`.
     """
-    last = kept_window(slots, window, sinks)
     # the window's own scores must not leak into those before it
     before = scores.shape[-1] - min(window, scores.shape[-1] - 1)
-    pooled = torch.cat([pool_scores(scores[..., :before], kernel_size, pooling), scores[..., before:]], -1)
-    return top_tokens(pooled, slots, first=sinks, last=last)
+    return torch.cat([pool_scores(scores[..., :before], kernel_size, pooling), scores[..., before:]], -1)
 
 
 def pyramid_budgets(

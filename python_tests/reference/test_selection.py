@@ -5,14 +5,25 @@ import torch
 from kvcompact_kernels.reference.key_scores import key_scores
 from kvcompact_kernels.reference.selection import (
     gather_tokens,
-    heavy_hitters,
+    kept_recent,
     kept_window,
-    observed_by_window,
+    pool_before_window,
     pool_scores,
     pyramid_budgets,
     sinks_and_recent,
     top_tokens,
 )
+
+
+def heavy_hitters(scores, slots, recent_share=0.5, sinks=0):
+    """H2O's rule, put together as the method does."""
+    return top_tokens(scores, slots, first=sinks, last=kept_recent(slots, recent_share, sinks))
+
+
+def observed_by_window(scores, slots, window=32, kernel_size=7, sinks=0):
+    """SnapKV's rule, put together as the method does."""
+    pooled = pool_before_window(scores, window, kernel_size)
+    return top_tokens(pooled, slots, first=sinks, last=kept_window(slots, window, sinks))
 
 
 def test_top_tokens_by_hand():
