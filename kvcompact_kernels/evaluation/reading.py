@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
 from ..methods import LayerInput, Method
+from ..methods.base import checked_block, layer_budgets
 from ..model_spec import ModelSpec
 from .memory import peak_bytes
 
@@ -106,7 +107,7 @@ class _Fan(Method):
         elapsed = time.perf_counter() - start
         self.seconds[i] += elapsed
         self.measuring += elapsed
-        block = _checked(method, block, layer)
+        block = checked_block(method, block, layer, layer.layer_idx)
         if layer.layer_idx == 0:
             # once more under measurement, which would spoil the time; the first layer has the largest budget
             start = time.perf_counter()
@@ -131,27 +132,7 @@ class _Fan(Method):
 def _budgets(method: Method, slots: int, layer: LayerInput) -> list[int]:
     if slots < method.min_slots:
         raise ValueError(f"method {method.name!r} needs at least {method.min_slots} slots, the budget has {slots}")
-    budgets = list(method.budgets(min(slots, layer.num_tokens), layer.num_tokens, layer.num_layers))
-    if len(budgets) != layer.num_layers or not all(1 <= b <= layer.num_tokens for b in budgets):
-        raise ValueError(
-            f"{type(method).__name__}.budgets must give {layer.num_layers} ints in [1, {layer.num_tokens}]"
-        )
-    return budgets
-
-
-def _checked(method: Method, block: Any, layer: LayerInput) -> CompactBlock:
-    who = f"{type(method).__name__}.compact_layer"
-    if not isinstance(block, CompactBlock):
-        raise TypeError(f"{who} must return a CompactBlock, got {type(block).__name__}")
-    wanted = (layer.keys.shape[0], layer.keys.shape[1], layer.keys.shape[3], layer.keys.dtype)
-    found = (block.batch_size, block.num_kv_heads, block.head_dim, block.keys.dtype)
-    if found != wanted:
-        raise ValueError(f"{who} must return (batch, KV heads, head dim, dtype) {wanted}, got {found}")
-    if not (block.keys.isfinite().all() and block.values.isfinite().all()):
-        raise ValueError(f"{who} returned keys or values that are NaN or infinite")
-    if block.keys.untyped_storage().nbytes() > 2 * block.keys.numel() * block.keys.element_size():
-        block = replace(block, keys=block.keys.clone(), values=block.values.clone())
-    return block
+    return layer_budgets(method, min(slots, layer.num_tokens), layer.num_tokens, layer.num_layers)
 
 
 def read(model: Any, ids: Tensor, wanted: Sequence[tuple[Method, int]]) -> list[Compacted]:

@@ -2,8 +2,8 @@
 """The contract of a compaction method, and the registry that ``method="..."`` names them through."""
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields
-from typing import ClassVar
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -77,6 +77,50 @@ class Method(ABC):
     @abstractmethod
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
         """The layer's block: ``slots`` slots per KV head on average, from ``layer.num_tokens`` >= slots tokens."""
+
+
+def layer_budgets(method: Method, slots: int, num_tokens: int, num_layers: int) -> list[int]:
+    """``method.budgets(...)``, checked.
+
+    Raises:
+        ValueError: it is not one int in ``[1, num_tokens]`` for each layer.
+    """
+    name = type(method).__name__
+    budgets = list(method.budgets(slots, num_tokens, num_layers))
+    if len(budgets) != num_layers:
+        raise ValueError(f"{name}.budgets must return {num_layers} numbers, got {len(budgets)}")
+    for budget in budgets:
+        if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= num_tokens:
+            raise ValueError(f"{name}.budgets must return ints in [1, {num_tokens}], got {budget!r}")
+    return budgets
+
+
+def checked_block(method: Method, block: Any, layer: LayerInput, layer_idx: int) -> CompactBlock:
+    """What ``method.compact_layer`` returned for the model's layer ``layer_idx``, in memory of its own.
+
+    Raises:
+        TypeError, ValueError: it is no block, does not fit the layer, leaves a head without slots, or is not finite.
+    """
+    who = f"{type(method).__name__}.compact_layer (layer {layer_idx})"
+    if not isinstance(block, CompactBlock):
+        raise TypeError(f"{who} must return a CompactBlock, got {type(block).__name__}")
+    keys = layer.keys
+    found = (block.batch_size, block.num_kv_heads, block.head_dim, block.keys.dtype, block.keys.device)
+    wanted = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+    if found != wanted:
+        raise ValueError(f"{who} must return (batch, KV heads, head dim, dtype, device) {wanted}, got {found}")
+    if int(block.slot_counts.min()) < 1:
+        raise ValueError(f"{who} returned a KV head without slots")
+    if not (block.keys.isfinite().all() and block.values.isfinite().all()):
+        raise ValueError(f"{who} returned keys or values that are NaN or infinite")
+    if block.beta is not None and not (block.beta < float("inf")).all():
+        raise ValueError(f"{who} returned a beta that is NaN or +inf")
+    # slots of their own: a view would keep the whole context's keys alive
+    for name in ("keys", "values"):
+        x = getattr(block, name)
+        if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+            block = replace(block, **{name: x.clone()})
+    return block
 
 
 _METHODS: dict[str, type[Method]] = {}

@@ -8,7 +8,6 @@ run, hand their tail to the method and keep its slots instead: so only one layer
 import hashlib
 import math
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from .._checks import check_int, check_tensor
 from ..cache import CompactBlock, CompactCache, WindowBlock
 from ..methods import LayerInput, Method
+from ..methods.base import checked_block, layer_budgets
 from ..model_spec import ModelSpec, UnsupportedModelError
 from .families import decoder, read_ropes
 from .session import CompactSession
@@ -157,7 +157,7 @@ class Compactor:
         if self.slots_for(count) < self.method.min_slots:  # a running conversation's short row stays as it is
             return CompactBlock(keys.clone(), values.clone())
         block = self.method.compact_layer(layer, self._layer_slots(count)[index])
-        return self._check_block(block, layer, layer_idx)
+        return checked_block(self.method, block, layer, layer_idx)
 
     def slots_for(self, tokens: int) -> int:
         """Slots per KV head that ``tokens`` tokens get on average."""
@@ -166,37 +166,9 @@ class Compactor:
     def _layer_slots(self, tokens: int) -> list[int]:
         slots = self.slots_for(tokens)
         if (tokens, slots) not in self._budgets:
-            budgets = list(self.method.budgets(slots, tokens, len(self.full)))
-            name = type(self.method).__name__
-            if len(budgets) != len(self.full):
-                raise ValueError(f"{name}.budgets must return {len(self.full)} numbers, got {len(budgets)}")
-            for budget in budgets:
-                if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= tokens:
-                    raise ValueError(f"{name}.budgets must return ints in [1, {tokens}], got {budget!r}")
+            budgets = layer_budgets(self.method, slots, tokens, len(self.full))
             self._budgets = {(tokens, slots): budgets}
         return self._budgets[tokens, slots]
-
-    def _check_block(self, block: Any, layer: LayerInput, layer_idx: int) -> CompactBlock:
-        who = f"{type(self.method).__name__}.compact_layer (layer {layer_idx})"
-        if not isinstance(block, CompactBlock):
-            raise TypeError(f"{who} must return a CompactBlock, got {type(block).__name__}")
-        keys = layer.keys
-        found = (block.batch_size, block.num_kv_heads, block.head_dim, block.keys.dtype, block.keys.device)
-        wanted = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
-        if found != wanted:
-            raise ValueError(f"{who} must return (batch, KV heads, head dim, dtype, device) {wanted}, got {found}")
-        if int(block.slot_counts.min()) < 1:
-            raise ValueError(f"{who} returned a KV head without slots")
-        if not (block.keys.isfinite().all() and block.values.isfinite().all()):
-            raise ValueError(f"{who} returned keys or values that are NaN or infinite")
-        if block.beta is not None and not (block.beta < float("inf")).all():
-            raise ValueError(f"{who} returned a beta that is NaN or +inf")
-        # slots of their own: a view would keep the whole context's keys alive
-        for name in ("keys", "values"):
-            x = getattr(block, name)
-            if x.untyped_storage().nbytes() > x.numel() * x.element_size():
-                block = replace(block, **{name: x.clone()})
-        return block
 
 
 def check_size(ratio: Any, slots: Any, default: float | None = DEFAULT_RATIO) -> tuple[float | None, int | None]:
