@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from .chat import PromptFormat, prompt_format, question_ids
+from ..prompt import PromptFormat, prompt_format, question_ids
 from .common import (
     DEMO_MODEL,
     CliError,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .chat import document_ids, prompt_format
+from ..prompt import document_ids, prompt_format
 from .common import (
     DEMO_MODEL,
     CliError,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.chat import PromptFormat, document_ids, prompt_format, question_ids
 from ..evaluation.metrics import TokenClock, kl_divergence
+from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
 from .document import Document, Needle
 
 METHODS = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "attention_matching", "still", "cartridge")

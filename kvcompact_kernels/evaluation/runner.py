@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..cache import CompactCache
-from ..cli.chat import PromptFormat, document_ids, prompt_format, question_ids
 from ..methods import Method, get_method
+from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
 from ..version import __version__
 from . import metrics
 from .reading import Compacted, EqualBytes, byte_budget, read

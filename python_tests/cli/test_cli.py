@@ -85,7 +85,7 @@ def test_compact_writes_a_cache_that_ask_answers_from(capsys, folder, document, 
 def test_ask_is_generate_on_the_whole_prompt_when_every_token_is_kept(capsys, folder, document, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kvcompact_kernels.cli.chat import document_ids, prompt_format, question_ids
+    from kvcompact_kernels.prompt import document_ids, prompt_format, question_ids
 
     path = tmp_path / "full.kvc"
     common = ("--model", folder, "--dtype", "float32", "--quiet")

@@ -2,7 +2,7 @@
 import pytest
 from tiny_folder import tiny_tokenizer
 
-from kvcompact_kernels.cli.chat import PromptFormat, document_ids, prompt_format, question_ids
+from kvcompact_kernels.prompt import PromptFormat, document_ids, prompt_format, question_ids
 
 
 def test_chat_format_reassembles_the_template():
