@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-study: what is written, what is kept of the teacher, and that preparation is done once."""
+
+import json
+import random
+
+import pytest
+import torch
+from tiny_folder import tiny_tokenizer
+from tiny_models import tiny_model
+
+from kvcompact_kernels import patch_model
+from kvcompact_kernels.prompt import document_ids, prompt_format
+from kvcompact_kernels.training import self_study
+from kvcompact_kernels.training.self_study import (
+    KINDS,
+    SelfStudyConfig,
+    chunk_spans,
+    prepare_conversations,
+    split_text,
+    tidy_request,
+)
+
+SMALL = SelfStudyConfig(
+    conversations=10, batch=4, chunk_tokens=60, request_tokens=5, answer_tokens=6, held_out=2, top_k=7, seed=3
+)
+TEXT = "The lantern is green. The bell rings at noon!\nNobody knows why: 3.5 reasons were given. " * 3
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model("llama", torch.float32, vocab_size=261, max_position_embeddings=2048)
+    return patch_model(model.requires_grad_(False), "full")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize(
+    "text", [TEXT, "one line", "no end\n\n\nand then. Some? more!", "x" * 1000, "a " * 300, "...", "漢字。" * 100]
+)
+def test_pieces_are_the_text(text):
+    pieces = split_text(text)
+    assert "".join(pieces) == text.strip()
+    assert all(piece.strip() for piece in pieces)
+
+
+def test_sentences_are_pieces_and_numbers_are_not_cut():
+    assert split_text("It is 3.5 m. Is it? Yes.\nSo.") == ["It is 3.5 m. ", "Is it? ", "Yes.\n", "So."]
+    assert split_text("  \n ") == []
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 20, 61])
+def test_spans_cover_the_text_evenly(count):
+    draw = random.Random(count)
+    lengths = [draw.randrange(1, 40) for _ in range(100)]
+    size = 150
+    spans = chunk_spans(lengths, size, count)
+    assert len(spans) == count
+    assert all(0 <= a < b <= 100 and sum(lengths[a:b]) <= 1.4 * size for a, b in spans)
+    seen = [sum(a <= i < b for a, b in spans) for i in range(100)]
+    whole = len(chunk_spans(lengths, size, 1000)) // 1000 * count // (sum(lengths) // size + 2)
+    assert min(seen) >= whole and max(seen) <= min(seen) + 2 + count // 10
+    # a few spans are taken from all over the text, not from its beginning
+    if count == 3:
+        assert spans[-1][1] > 70 and spans[0][1] < 40
+
+
+def test_targets_are_the_teachers_with_the_chunk_in_context(model, tokenizer, tmp_path):
+    data = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    form = prompt_format(tokenizer)
+    pieces = split_text(TEXT)
+    spans = chunk_spans([len(piece) for piece in pieces], SMALL.chunk_tokens, SMALL.units)
+    assert 5 <= len(data) <= 10 and len(data.folder.name) > 20
+    for i in range(len(data)):
+        one = data[i]
+        first, last = spans[data._places[i][0]]
+        context = document_ids(tokenizer, form, "".join(pieces[first:last]).strip())
+        ids = torch.cat([torch.tensor(context), one.prompt, one.answer])[None]
+        logs = model(ids).logits[0, -1 - len(one.answer) : -1].log_softmax(-1)
+        # greedy answers: the likeliest token each time
+        assert torch.equal(one.answer, logs.argmax(-1))
+        best, where = logs.topk(7, -1)
+        assert torch.equal(one.targets.ids[:, :7], where)
+        assert torch.allclose(one.targets.logs[:, :7], best, atol=1e-4)
+        assert torch.equal(one.targets.gold, one.answer)
+        assert data.lengths[i] == len(one.prompt) + len(one.answer)
+        assert one.kind in KINDS
+
+
+def test_prepared_once_and_again_only_for_something_else(model, tokenizer, tmp_path, monkeypatch):
+    first = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    before = [first[i] for i in range(len(first))]
+    with monkeypatch.context() as patch:
+        patch.setattr(self_study._Writer, "write", lambda *a: pytest.fail("written again"))
+        again = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    assert again.digest == first.digest and again.train == first.train and again.held_out == first.held_out
+    # interrupted after the second unit: the rest is what it would have been
+    (first.folder / "unit-00002.safetensors").unlink()
+    more = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    for old, new in zip(before, (more[i] for i in range(len(more)))):
+        assert torch.equal(old.prompt, new.prompt) and torch.equal(old.answer, new.answer)
+        assert torch.equal(old.targets.logs, new.targets.logs)
+    other = prepare_conversations(model, tokenizer, TEXT + " More.", SMALL, tmp_path)
+    assert other.digest != first.digest and other.folder != first.folder
+
+
+def test_the_global_randomness_is_left_alone(model, tokenizer, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_held_out_request_is_trained(model, tokenizer, tmp_path, monkeypatch):
+    config = SelfStudyConfig(conversations=24, batch=6, chunk_tokens=60, request_tokens=3, answer_tokens=2, held_out=5)
+    names = iter(f"Who is number {i % 9}?" for i in range(1000))
+    monkeypatch.setattr(self_study, "tidy_request", lambda text, kind: next(names))
+    data = prepare_conversations(model, tokenizer, TEXT, config, tmp_path)
+    requests = []
+    for unit in range(config.units):
+        requests += self_study._unit_header(data.folder, unit)["requests"]
+    bare = [request.removesuffix(self_study._SHORT) for request in requests]
+    assert len(data.held_out) == 5 and data.train
+    assert not {bare[i] for i in data.held_out} & {bare[i] for i in data.train}
+
+
+def test_the_writer_may_see_the_chunk(model, tokenizer, tmp_path):
+    chunk = SelfStudyConfig(**{**vars(SMALL), "writer_sees": "chunk"})
+    with_chunk = prepare_conversations(model, tokenizer, TEXT, chunk, tmp_path)
+    alone = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    one, other = (self_study._unit_header(d.folder, 0)["requests"] for d in (with_chunk, alone))
+    assert one != other
+
+
+def test_a_tokenizer_without_a_chat_template(model, tmp_path):
+    data = prepare_conversations(model, tiny_tokenizer(chat=False), TEXT, SMALL, tmp_path)
+    assert len(data) >= 5
+
+
+def test_tidy_requests():
+    assert tidy_request(' "Who built it?" Answer: Ada', "question") == "Who built it?"
+    assert tidy_request("Who built it\nand why?", "question") == "Who built it"
+    assert tidy_request("Make a table\nof towns.", "structuring") == "Make a table of towns."
+    assert tidy_request("  \n", "question") == ""
+
+
+def test_damaged_files_are_named(model, tokenizer, tmp_path):
+    data = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    path = data.folder / "unit-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="unit-00001.safetensors is truncated or damaged"):
+        prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match="damaged or gone"):
+        [data[i] for i in range(len(data))]
+
+
+def test_bad_options_and_texts(model, tokenizer, tmp_path):
+    bad = {
+        "conversations": 1,
+        "held_out": 512,
+        "kinds": ("poem",),
+        "short_answers": 1.5,
+        "request_temperature": -1,
+        "writer_sees": "all",
+        "top_k": 0,
+    }
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=name):
+            SelfStudyConfig(**{name: value})
+    with pytest.raises(TypeError, match="answer_temperature"):
+        SelfStudyConfig(answer_temperature="hot")
+    with pytest.raises(ValueError, match="no text"):
+        prepare_conversations(model, tokenizer, " \n", SMALL, tmp_path)
+    large = SelfStudyConfig(**{**vars(SMALL), "chunk_tokens": 4000})
+    with pytest.raises(ValueError, match="chunk_tokens 4000 is too much"):
+        prepare_conversations(model, tokenizer, TEXT * 20, large, tmp_path)
+
+
+def test_a_model_that_writes_nothing(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_study, "tidy_request", lambda text, kind: "")
+    with pytest.raises(ValueError, match="the model wrote 0 conversations"):
+        prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+
+
+def test_the_note_says_what_they_were_made_from(model, tokenizer, tmp_path):
+    data = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
+    note = json.loads((data.folder / "conversations.json").read_text())
+    assert note["config"]["seed"] == 3 and note["dtype"] == "float32" and len(note["document"]) == 64
