@@ -10,25 +10,66 @@ from torch import Tensor, nn
 
 from .._checks import check_int
 from ..cache import CompactBlock, CompactCache, WindowBlock
-from ._selection import SelectionMethod
+from ..model_spec import ModelSpec, fingerprint_differences
+from ._selection import SelectionMethod, check_layer
 from .base import LayerInput, register_method
 
 
 @register_method
 @dataclass
 class CartridgeInit(SelectionMethod):
-    """Keeps the first tokens of the context: where the training of a cartridge starts.
+    """Keeps the first tokens of the context, where the training of a cartridge starts; or takes a trained one from a file.
 
     Cartridges (arXiv 2506.06266, section 3): initialising with the keys and values of the corpus's first tokens trains
     far better than a random start. Untrained, it knows nothing of the rest: make a :class:`Cartridge` of it.
+
+    Attributes:
+        file: a cartridge that was trained on the context at hand: its slots, moved so that the next token stands as far
+            from them as in training. This is for comparing it with other methods; it knows no other context.
     """
 
     name = "cartridge"
-    summary = "the first tokens: what a trainable Cartridge starts from (it needs training)"
+    summary = (
+        "the first tokens, which a trainable Cartridge starts from; with file=FILE a trained one of this very context"
+    )
     source = "Cartridges, arXiv 2506.06266, section 3"
+
+    file: str | None = None
+
+    def __post_init__(self):
+        self._trained: CompactCache | None = None
+        if self.file is not None:
+            if not isinstance(self.file, (str, os.PathLike)):
+                raise TypeError(f"file must be a path, got {type(self.file).__name__}")
+            cache = CompactCache.load(self.file)
+            if any(block.offsets is not None or block.batch_size != 1 for block in cache.compact_layers):
+                raise ValueError(f"{self.file} must hold one context with as many slots in each KV head")
+            self._trained = cache
+
+    @property
+    def min_slots(self) -> int:
+        return 1 if self._trained is None else max(self._trained.slots_per_layer)
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Raises ValueError when the file is of another model."""
+        if self._trained is not None:
+            different = fingerprint_differences(self._trained.fingerprint, spec.fingerprint)
+            if different:
+                raise ValueError(f"{self.file} was made by another model: {'; '.join(different)}")
 
     def select(self, layer: LayerInput, slots: int) -> Tensor:
         return torch.arange(slots)
+
+    def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
+        """The file's slots need not be all that were asked for; fewer than it holds are refused."""
+        if self._trained is None:
+            return super().compact_layer(layer, slots)
+        check_layer(self, layer, slots)
+        block = self._trained.compact_layers[layer.layer_idx].to(layer.keys.device, layer.keys.dtype)
+        if layer.keys.shape[0] != 1:
+            raise ValueError(f"{self.file} holds one context, the batch has {layer.keys.shape[0]}")
+        distance = int(layer.positions[-1]) + 1 - self._trained.logical_length
+        return replace(block, keys=layer.rope.shift(block.keys, distance)) if distance else block
 
 
 class Cartridge(nn.Module):

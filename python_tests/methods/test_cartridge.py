@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from tiny_models import tiny_ids, tiny_model
 
+from kvcompact_kernels import patch_model
 from kvcompact_kernels.cache import CompactBlock, CompactCache, WindowBlock
 from kvcompact_kernels.methods import LayerInput, get_method
 from kvcompact_kernels.methods.cartridge import Cartridge
@@ -45,6 +48,35 @@ def test_the_method_keeps_the_first_tokens():
     keys[0, 0, 20, 0] = float("nan")
     with pytest.raises(ValueError, match="keys of layer 0 hold NaN"):
         get_method("cartridge").compact_layer(layer, 11)
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_a_trained_one_stands_as_far_from_the_question_as_in_training(tmp_path, beta):
+    model = patch_model(tiny_model("llama", torch.float64), "snapkv")
+    ids, question = tiny_ids(1, 60), tiny_ids(1, 7, seed=4)
+    cache = model.compact(ids[:, :20], method="full", ratio=1)
+    cartridge = Cartridge.from_cache(cache, train_beta=beta, dtype=torch.float64)
+    with torch.no_grad():
+        for p in cartridge.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    path = tmp_path / "trained.kvc"
+    cartridge.save(path)
+    native = model(question, past_key_values=CompactCache.load(path)).logits
+    moved = model.compact(ids, method="cartridge", slots=23, file=str(path))
+    assert moved.logical_length == 60 and moved.slots_per_layer == [20, 20]
+    # the model's own rotation is in fp32, so positions leave a rounding error
+    assert torch.allclose(model(question, past_key_values=moved).logits, native, atol=1e-4)
+    unmoved = replace(CompactCache.load(path), logical_length=60)
+    assert not torch.allclose(model(question, past_key_values=unmoved).logits, native, atol=1e-2)
+    with pytest.raises(ValueError, match="needs at least 20 slots"):
+        model.compact(ids, method="cartridge", slots=19, file=str(path))
+    with pytest.raises(ValueError, match="holds one context, the batch has 2"):
+        model.compact(ids.expand(2, -1), method="cartridge", slots=23, file=str(path))
+    other = patch_model(tiny_model("llama", torch.float64, seed=5))
+    with pytest.raises(ValueError, match="made by another model"):
+        other.compact(ids, method="cartridge", slots=23, file=str(path))
+    with pytest.raises(FileNotFoundError):
+        get_method("cartridge", file=str(tmp_path / "none.kvc"))
 
 
 @pytest.mark.parametrize("beta", [False, True])
