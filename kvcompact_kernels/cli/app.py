@@ -8,11 +8,11 @@ import sys
 from typing import Any
 
 from ..version import __version__
-from . import ask, bench, compact, demo, doctor, methods
+from . import ask, bench, compact, demo, doctor, methods, train
 from . import eval as evaluate
 from .common import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, CliError, UsageError, say
 
-COMMANDS = (demo, compact, ask, evaluate, methods, doctor, bench)
+COMMANDS = (demo, compact, ask, evaluate, train, methods, doctor, bench)
 EPILOG = "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C)"
 
 

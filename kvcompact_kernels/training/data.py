@@ -301,10 +301,11 @@ def make_example(
     """One context of exactly ``length`` tokens and its tails.
 
     Args:
-        kinds: of the tails; None draws them by ``recipe.mix``.
+        kinds: of the tails; None draws them by ``recipe.mix``. Where a context has no room for facts, or holds no passage
+            that was asked about, "recall" takes their place.
 
     Raises:
-        ValueError: the length leaves no room for what is to be planted.
+        ValueError: the length leaves no room behind the prompt's opening.
     """
     if kinds is None:
         names = [kind for kind in KINDS if recipe.mix.get(kind, 0) > 0]
@@ -319,11 +320,11 @@ def make_example(
     facts = make_facts(draw, wanted + draw.randint(0, recipe.distractors)) if wanted else []
     planted = [corpus.encode(f" {fact.statement} ") for fact in facts]
     room = length - len(opening) - sum(map(len, planted))
-    while room < length // 2 and len(facts) > wanted:  # a short context: leave out what nobody asks for
+    while planted and room < length // 2:  # a short context stays a text with facts in it
         room += len(planted.pop())
         facts.pop()
     if room < 8:
-        raise ValueError(f"a context of {length} tokens has no room for {wanted} facts: ask for fewer tails")
+        raise ValueError(f"a context of {length} tokens has no room behind the {len(opening)} of the prompt's opening")
     behind = recipe.continuation if "continuation" in kinds else 0
     start = _window(stream, room, behind, chosen, draw)
     text = stream.ids[start : start + room].tolist()
@@ -332,14 +333,13 @@ def make_example(
     draw.shuffle(inside)
     tails = []
     for kind in kinds:
-        if kind == "facts":
-            fact = facts[len([t for t in tails if t.kind == "facts"])]
-            tails.append(_ask_fact(corpus, recipe, fact, chat, draw))
+        asked = len([tail for tail in tails if tail.kind == kind])
+        if kind == "facts" and asked < len(facts):
+            tails.append(_ask_fact(corpus, recipe, facts[asked], chat, draw))
         elif kind == "questions" and inside:
-            # when all questions on this window have been asked, they start again
-            item = inside[len([t for t in tails if t.kind == "questions"]) % len(inside)]
+            item = inside[asked % len(inside)]  # when all on this window have been asked, they start again
             tails.append(_ask(corpus, corpus.form, item.question, list(item.answer), "questions"))
-        elif kind in ("recall", "questions"):  # no question fits into this window
+        elif kind != "continuation":  # also where a short context has no room for a fact or a question's passage
             tails.append(_recall(context[len(opening) :], recipe, draw))
         else:
             ids = stream.ids[start + room : start + room + recipe.continuation].tolist()

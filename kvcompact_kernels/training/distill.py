@@ -58,7 +58,7 @@ def hidden_states(model: nn.Module, ids: Tensor, past: Any, rows: Tensor) -> Ten
     check_tensor("rows", rows, shape=tuple(ids.shape), dtypes=(torch.bool,))
     if bool(rows[:, 0].any()):
         raise ValueError("rows must be False in its first column: the token before it is in the cache")
-    out = decoder(model)(input_ids=ids, past_key_values=past, use_cache=past is not None).last_hidden_state
+    out = decoder(model)(input_ids=ids, past_key_values=past, use_cache=False).last_hidden_state
     return out[:, :-1][rows[:, 1:]]
 
 

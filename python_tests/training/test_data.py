@@ -2,6 +2,7 @@
 """Contexts, planted facts and tails."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_contexts_have_the_wanted_length_and_tails_are_true(corpus, seed):
             assert len(tail.ids) == 20
     again = make_example(corpus, corpus.train, RECIPE, length, random.Random(seed))
     assert again == example
+
+
+def test_a_short_context_recalls_what_it_has_no_room_to_plant(corpus):
+    for seed in range(10):
+        example = make_example(corpus, corpus.train, RECIPE, 100, random.Random(seed), ["facts"] * 5)
+        assert len(example.context) == 100 and {tail.kind for tail in example.tails} <= {"facts", "recall"}
+        assert [tail.kind for tail in example.tails].count("facts") < 2
 
 
 def test_statements_stand_between_sentences(corpus):
@@ -161,8 +169,8 @@ def test_bad_data(tmp_path):
     corpus.check_length(1000)
     with pytest.raises(ValueError, match=r"of them held out, but a context and what follows it take 2000"):
         corpus.check_length(2000)
-    with pytest.raises(ValueError, match="no room for 9 facts"):
-        make_example(corpus, corpus.train, RECIPE, 150, random.Random(0), ["facts"] * 9)
+    with pytest.raises(ValueError, match="a context of 12 tokens has no room behind the"):
+        make_example(corpus, corpus.train, replace(RECIPE, chat=1.0), 12, random.Random(0), ["recall"])
 
 
 def test_collated_tails_keep_their_order():

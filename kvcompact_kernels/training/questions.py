@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions that the model writes about its texts, and answers itself.
+
+A compactor is trained on answers of the model that it compacts (STILL, arXiv 2606.07878). What was written is kept in a
+file line by line, so an interrupted preparation goes on where it stopped.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_int
+from ..evaluation.metrics import stop_ids
+from ..prompt import document_ids, question_ids
+from .data import Corpus, Item, Stream
+
+WRITE = "Write one short question about this text that a few words of the text answer. Write nothing but the question."
+MAX_QUESTION, MAX_ANSWER = 40, 40
+
+
+def add_questions(
+    model: Any,
+    corpus: Corpus,
+    count: int,
+    fingerprint: dict[str, Any],
+    folder: Path | None = None,
+    *,
+    passage: int = 128,
+    batch: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+) -> str:
+    """Has the model write questions about both parts of a corpus; the held-out part gets a tenth as many.
+
+    Args:
+        model: reads and writes; in eval mode.
+        count: passages of the part to train on that are tried; not every passage gives a usable question.
+        fingerprint: of the model: questions of another one are not used.
+        folder: where they are kept; None keeps nothing.
+        passage: tokens that a question is about.
+        batch: passages at a time.
+        seed: of the choice of passages.
+
+    Returns:
+        Digest of the questions and answers.
+    """
+    check_int("questions", count, minimum=0)
+    check_int("passage", passage, minimum=8)
+    check_int("batch", batch, minimum=1)
+    key = json.dumps([corpus.key, fingerprint, passage, seed, WRITE, MAX_QUESTION, MAX_ANSWER], sort_keys=True)
+    path = None if folder is None else folder / f"questions-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+    rows = _read(path)
+    wanted = [(part, i) for part, n in (("train", count), ("held", -(-count // 10))) for i in range(n)]
+    streams = {"train": corpus.train, "held": corpus.held}
+    wanted = [(part, i) for part, i in wanted if streams[part].ids.numel() >= 2 * passage]
+    missing = [entry for entry in wanted if entry not in rows]
+    from tqdm import tqdm
+
+    file = None if path is None else open(path, "a", encoding="utf-8")  # noqa: SIM115  (open while rows come in)
+    try:
+        with tqdm(total=len(missing), desc="questions", unit="passage", disable=not progress) as bar:
+            for first in range(0, len(missing), batch):
+                entries = missing[first : first + batch]
+                places = [_place(corpus, streams[part], passage, f"{seed}:{part}:{i}") for part, i in entries]
+                found = _write(model, corpus, [streams[e[0]].ids[a:b].tolist() for e, (a, b) in zip(entries, places)])
+                for (part, i), (start, end), pair in zip(entries, places, found):
+                    question, answer = pair if pair else (None, None)
+                    row = {"part": part, "index": i, "start": start, "end": end, "question": question, "answer": answer}
+                    rows[part, i] = row
+                    if file is not None:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if file is not None:
+                    file.flush()
+                bar.update(len(entries))
+    finally:
+        if file is not None:
+            file.close()
+    digest = hashlib.sha256()
+    for part, i in wanted:
+        row = rows[part, i]
+        digest.update(json.dumps(row, sort_keys=True).encode())
+        if row["question"] is not None:
+            streams[part].items.append(Item(row["start"], row["end"], row["question"], tuple(row["answer"])))
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path | None) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of earlier calls; a line that a crash cut off is removed."""
+    if path is None or not path.is_file():
+        return {}
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    if len(complete) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(complete))
+    rows = {}
+    for number, line in enumerate(complete.decode().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows[row["part"], row["index"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error}): remove that line, or the file") from error
+    return rows
+
+
+def _place(corpus: Corpus, stream: Stream, passage: int, name: str) -> tuple[int, int]:
+    """A passage that begins behind a sentence's end, if one is near."""
+    start = random.Random(name).randint(0, stream.ids.numel() - 2 * passage)
+    ends = corpus.sentence_ends()[stream.ids[start : start + passage].long()].nonzero().flatten()
+    if ends.numel():
+        start += int(ends[0]) + 1
+    return start, start + passage
+
+
+def _write(model: Any, corpus: Corpus, passages: Sequence[Sequence[int]]) -> list[tuple[str, list[int]] | None]:
+    """Question and answer ids for each passage, or None where nothing usable came."""
+    tokenizer, form = corpus.tokenizer, corpus.form
+    texts = [tokenizer.decode(passage) for passage in passages]
+    documents = [document_ids(tokenizer, form, text) for text in texts]
+    if form.chat:
+        asked = [document + question_ids(tokenizer, form, WRITE) for document in documents]
+    else:
+        asked = [document + corpus.encode(form.between) for document in documents]
+    questions = [
+        _first_line(tokenizer.decode(ids, skip_special_tokens=True)) for ids in generate(model, asked, MAX_QUESTION)
+    ]
+    questions = [q[: q.index("?") + 1] if "?" in q and len(q.split()) >= 3 else None for q in questions]
+    good = [i for i, question in enumerate(questions) if question is not None]
+    found: list[tuple[str, list[int]] | None] = [None] * len(passages)
+    if not good:
+        return found
+    prompts = [documents[i] + question_ids(tokenizer, form, questions[i]) for i in good]
+    stop = stop_ids(model)
+    for i, ids in zip(good, generate(model, prompts, MAX_ANSWER)):
+        if form.chat:
+            if len(ids) < 2 or ids[-1] not in stop:  # nothing, or too much, was said
+                continue
+            answer = ids
+        else:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if "\n" not in text or not _first_line(text):
+                continue
+            answer = corpus.encode(f" {_first_line(text)}\n")
+        found[i] = (questions[i], list(answer))
+    return found
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0].strip().strip('"') if lines else ""
+
+
+def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy answers to prompts of unequal length, each up to its end token (which it keeps)."""
+    longest = max(map(len, prompts))
+    device = next(model.parameters()).device
+    stop = stop_ids(model)
+    pad = min(stop, default=0)
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    with torch.no_grad():
+        out = model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+    answers = []
+    for row in out[:, longest:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
+        answers.append(row[:end])
+    return answers
