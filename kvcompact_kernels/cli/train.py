@@ -16,9 +16,10 @@ DESCRIPTION = """\
 Trains against the frozen model, on a CPU or a GPU. Ctrl-C finishes the step and saves; the same command goes on from there.
 
   kvcompact train still --model M --data FOLDER --ratio 8 --context 2048 --out F
+  kvcompact train cartridge notes.txt --model M --slots 512 --out F
 """
 # Each names itself, its help and description, and adds its arguments, as the commands themselves do.
-SUBCOMMANDS = ("train_still",)
+SUBCOMMANDS = ("train_still", "train_cartridge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

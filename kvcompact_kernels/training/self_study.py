@@ -56,6 +56,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 _SEED = 'Passage: "{passage}"\n\n{task}'
+_RECALL = 'Continue this passage of the text: "{}"'
 _SHORT = " Answer in a few words."
 # a request that names the passage cannot be understood without it
 _POINTS_BACK = re.compile(r"\b(?:passage|this (?:question|text|sentence)|the (?:question|sentence))\b", re.IGNORECASE)
@@ -71,6 +72,8 @@ class SelfStudyConfig:
         chunk_tokens: tokens of the text that are in context while it writes; each pass over the text cuts it elsewhere.
         kinds: taken in turn, so a kind that stands there twice is drawn twice as often. The default asks more questions
             than the paper, which draws its five kinds alike.
+        recall: passages of the text beside them, which are to be continued from their beginnings: the answer is the text
+            itself, so nothing needs to be written. Not in the paper; a cheap way to touch every sentence.
         writer_sees: what is in context while requests are written: the "passage" alone that they shall be about, or the
             whole "chunk", as in the paper. Answers are always written with the chunk in context.
         batch: conversations on one chunk, written together.
@@ -93,6 +96,7 @@ class SelfStudyConfig:
         "use_case",
         "creative",
     )
+    recall: int = 0
     writer_sees: str = "passage"
     batch: int = 16
     request_tokens: int = 64
@@ -107,7 +111,7 @@ class SelfStudyConfig:
     def __post_init__(self):
         for name, least in (("conversations", 2), ("chunk_tokens", 8), ("batch", 1), ("request_tokens", 1)):
             check_int(name, getattr(self, name), minimum=least)
-        for name, least in (("answer_tokens", 1), ("top_k", 1), ("held_out", 1), ("seed", 0)):
+        for name, least in (("answer_tokens", 1), ("top_k", 1), ("held_out", 1), ("recall", 0), ("seed", 0)):
             check_int(name, getattr(self, name), minimum=least)
         if self.held_out >= self.conversations:
             raise ValueError(
@@ -126,8 +130,14 @@ class SelfStudyConfig:
                 raise ValueError(f"{name} must be in [0, {most}], got {value}")
 
     @property
-    def units(self) -> int:
+    def written_units(self) -> int:
+        """Chunks on which conversations are written."""
         return -(-self.conversations // self.batch)
+
+    @property
+    def units(self) -> int:
+        """Files: those chunks, and then the ones whose passages are recalled."""
+        return self.written_units + -(-self.recall // self.batch)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Conversation:
         prompt: int64 ``[q]``: what follows the compacted tokens, the opening of the answer included.
         answer: int64 ``[a]``, the end token included if the answer came to its end.
         targets: the teacher's distribution at each token of the answer.
-        kind: of the request.
+        kind: of the request, or "recall".
     """
 
     prompt: Tensor
@@ -244,7 +254,7 @@ def prepare_conversations(
         "document": hashlib.sha256(document.encode()).hexdigest(),
         "prompt": form.to_json(),
         "config": json.loads(json.dumps(asdict(config))),
-        "seeds": hashlib.sha256(json.dumps([KINDS, _SEED, _SHORT]).encode()).hexdigest()[:16],
+        "seeds": hashlib.sha256(json.dumps([KINDS, _SEED, _SHORT, _RECALL]).encode()).hexdigest()[:16],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     own = Path(folder) / f"conversations-{digest}"
@@ -317,7 +327,8 @@ class _Writer:
     def __init__(self, model: Any, tokenizer: Any, form: PromptFormat, config: SelfStudyConfig, pieces: list[str]):
         self.model, self.tokenizer, self.form, self.config, self.pieces = model, tokenizer, form, config, pieces
         lengths = [len(self._encode(piece)) for piece in pieces]
-        self.spans = chunk_spans(lengths, config.chunk_tokens, config.units)
+        self.spans = chunk_spans(lengths, config.chunk_tokens, config.written_units)
+        self.spans += chunk_spans(lengths, config.chunk_tokens, config.units - config.written_units)
         self.stops = stop_ids(model)
         limit = getattr(model.config, "max_position_embeddings", None)
         longest = max(sum(lengths[a:b]) for a, b in self.spans) + max(lengths) + 128
@@ -331,22 +342,47 @@ class _Writer:
     def write(self, unit: int) -> list[tuple[str, str, list[int], list[int], Targets]]:
         """Rows of kind, request, prompt ids, answer ids and the teacher's distribution."""
         config, device = self.config, self.model.device
-        count = min(config.batch, config.conversations - unit * config.batch)
+        written = unit < config.written_units
+        number = (unit if written else unit - config.written_units) * config.batch
+        count = min(config.batch, (config.conversations if written else config.recall) - number)
         draw = random.Random(stable_number(config.seed, unit, "self-study"))
         first, last = self.spans[unit]
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(stable_number(config.seed, unit, "sampling"))
             cache = self._read("".join(self.pieces[first:last]).strip())
-            seen = cache if config.writer_sees == "chunk" else self._read("")
-            rows = self._requests(
-                seen, [self._seed(draw, first, last, unit * config.batch + i) for i in range(count)], draw
-            )
-            if not rows:
-                return []
-            answers = self._generate([row[2] for row in rows], cache, config.answer_tokens, config.answer_temperature)
-            kept = [(*row, answer) for row, answer in zip(rows, answers) if set(answer) - self.stops]
+            if written:
+                kept = self._converse(cache, [self._seed(draw, first, last, number + i) for i in range(count)], draw)
+            else:
+                kept = self._recall(draw, first, last, count)
             return [(*row, self._teach(row[2], row[3], cache)) for row in kept]
+
+    def _converse(
+        self, cache: CompactCache | None, seeds: list[tuple[str, str, str]], draw: random.Random
+    ) -> list[tuple[str, str, list[int], list[int]]]:
+        """Kind, request, prompt ids and answer ids of what the model writes and answers itself."""
+        config = self.config
+        rows = self._requests(cache if config.writer_sees == "chunk" else self._read(""), seeds, draw)
+        if not rows:
+            return []
+        answers = self._generate([row[2] for row in rows], cache, config.answer_tokens, config.answer_temperature)
+        return [(*row, answer) for row, answer in zip(rows, answers) if set(answer) - self.stops]
+
+    def _recall(
+        self, draw: random.Random, first: int, last: int, count: int
+    ) -> list[tuple[str, str, list[int], list[int]]]:
+        """The same of passages that are to be continued; the answer is the text."""
+        end = self.tokenizer.eos_token_id
+        rows = []
+        for start in sorted(draw.sample(range(first, last), min(count, last - first))):
+            words = self._passage(start, last).split()
+            if len(words) >= 6:
+                cut = draw.randint(len(words) // 3, 2 * len(words) // 3)
+                request = _RECALL.format(" ".join(words[:cut]))
+                answer = self._encode(" ".join(words[cut:]))[: self.config.answer_tokens]
+                answer += [end] if end in self.stops and len(answer) < self.config.answer_tokens else []
+                rows.append(("recall", request, question_ids(self.tokenizer, self.form, request), answer))
+        return rows
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -361,13 +397,17 @@ class _Writer:
     def _seed(self, draw: random.Random, first: int, last: int, number: int) -> tuple[str, str, str]:
         """Kind, seed prompt, and the words that the request begins with."""
         kind = self.config.kinds[number % len(self.config.kinds)]
-        start = draw.randrange(first, last)
+        passage = self._passage(draw.randrange(first, last), last)
+        task, openings = KINDS[kind]
+        return kind, _SEED.format(passage=passage, task=task), draw.choice(openings)
+
+    def _passage(self, start: int, last: int) -> str:
+        """A piece of the text on one line, with what follows it if it is short."""
         passage = " ".join(self.pieces[start].split())
         while len(passage) < 60 and start + 1 < last:
             start += 1
             passage = f"{passage} {' '.join(self.pieces[start].split())}"
-        task, openings = KINDS[kind]
-        return kind, _SEED.format(passage=passage.strip(), task=task), draw.choice(openings)
+        return passage
 
     def _requests(
         self, cache: CompactCache | None, seeds: list[tuple[str, str, str]], draw: random.Random

@@ -3,6 +3,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_targets_are_the_teachers_with_the_chunk_in_context(model, tokenizer, tm
         assert one.kind in KINDS
 
 
+def test_passages_to_be_continued(model, tokenizer, tmp_path):
+    config = replace(SMALL, recall=7, answer_tokens=40, chunk_tokens=150)
+    data = prepare_conversations(model, tokenizer, TEXT, config, tmp_path)
+    recalled = [data[i] for i in range(len(data)) if data[i].kind == "recall"]
+    assert 3 <= len(recalled) <= 7 and len(data) > len(recalled)
+    flat = " ".join(TEXT.split())
+    for one in recalled:
+        asked, answer = tokenizer.decode(one.prompt), tokenizer.decode(one.answer)
+        begun = asked.split('"')[1]
+        assert f"{begun} {answer}" in flat
+        assert torch.equal(one.targets.gold, one.answer)
+    # what is written does not change with it
+    alone = prepare_conversations(model, tokenizer, TEXT, replace(config, recall=0), tmp_path)
+    for i in range(len(alone)):
+        assert torch.equal(alone[i].prompt, data[i].prompt) and torch.equal(alone[i].targets.logs, data[i].targets.logs)
+
+
 def test_prepared_once_and_again_only_for_something_else(model, tokenizer, tmp_path, monkeypatch):
     first = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
     before = [first[i] for i in range(len(first))]
@@ -129,7 +147,7 @@ def test_no_held_out_request_is_trained(model, tokenizer, tmp_path, monkeypatch)
 
 
 def test_the_writer_may_see_the_chunk(model, tokenizer, tmp_path):
-    chunk = SelfStudyConfig(**{**vars(SMALL), "writer_sees": "chunk"})
+    chunk = replace(SMALL, writer_sees="chunk")
     with_chunk = prepare_conversations(model, tokenizer, TEXT, chunk, tmp_path)
     alone = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
     one, other = (self_study._unit_header(d.folder, 0)["requests"] for d in (with_chunk, alone))
@@ -176,7 +194,7 @@ def test_bad_options_and_texts(model, tokenizer, tmp_path):
         SelfStudyConfig(answer_temperature="hot")
     with pytest.raises(ValueError, match="no text"):
         prepare_conversations(model, tokenizer, " \n", SMALL, tmp_path)
-    large = SelfStudyConfig(**{**vars(SMALL), "chunk_tokens": 4000})
+    large = replace(SMALL, chunk_tokens=4000)
     with pytest.raises(ValueError, match="chunk_tokens 4000 is too much"):
         prepare_conversations(model, tokenizer, TEXT * 20, large, tmp_path)
 
