@@ -4,16 +4,17 @@
 ``kvcompact_kernels/_C.so``
     every op schema and the CPU kernels. Needs a C++17 compiler and the headers of the installed torch.
 ``kvcompact_kernels/_C_cuda.so``
-    the CUDA kernels. Built only when there are ``.cu`` sources and nvcc is found.
+    the CUDA kernels. Built where nvcc is found and torch has CUDA, or where ``KVCOMPACT_CUDA=1`` asks for it: nvcc alone is
+    needed, no GPU and no torch with CUDA. Loaded only where torch has CUDA.
 
 Both use only LibTorch's stable ABI (2.10) and no Python API, so one ``py3-none`` wheel serves every Python and every
 torch >= 2.10. Kernel sources are found by name, so a new op needs no change here:
 
 ``csrc/<op>/cpu.cpp``          argument checks, threads, registration; compiled once, may use torch's stable headers
 ``csrc/<op>/cpu_kernel.cpp``   the kernel; compiled once per instruction set, plain C headers only (see csrc/common/isa.h)
-``csrc/<op>/*.cu``             the CUDA side
+``csrc/<op>/*.cu``             the CUDA side: host code and, included, the kernels (``.cuh``)
 
-Environment: ``CXX``, ``MAX_JOBS``, ``CUDA_HOME``, ``KVCOMPACT_CUDA=0|1`` (default: on when nvcc is found),
+Environment: ``CXX``, ``MAX_JOBS``, ``CUDA_HOME``, ``KVCOMPACT_CUDA=0|1`` (default: see above),
 ``KVCOMPACT_CUDA_ARCHS="80;90a"``, ``KVCOMPACT_BUILD_AMX_EMULATION=1`` (adds the ``amx_emulated`` variant, for tests).
 """
 
@@ -86,6 +87,12 @@ def torch_directory() -> Path:
     return Path(spec.origin).parent
 
 
+def torch_has_cuda() -> bool:
+    """Whether the installed torch, if there is one, was built with CUDA."""
+    spec = importlib.util.find_spec("torch")
+    return spec is not None and Path(spec.origin).parent.joinpath("lib", "libtorch_cuda.so").exists()
+
+
 def usable_isas() -> list[str]:
     """Instruction sets that this compiler can build; what it does not know is left out, with a line that says so."""
     isas = ["base"]
@@ -119,11 +126,11 @@ class Cuda:
 
 
 def find_cuda(sources: list[Path]) -> Cuda | None:
-    """The CUDA toolkit to build ``sources`` with, or None when CUDA is off, not found, or there is nothing to build."""
+    """The CUDA toolkit to build ``sources`` with, or None when CUDA is off, of no use or not found, or nothing is to build."""
     wanted = os.environ.get("KVCOMPACT_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"KVCOMPACT_CUDA must be 0 or 1, got {wanted!r}")
-    if wanted == "0" or not sources:
+    if wanted == "0" or not sources or (wanted == "auto" and not torch_has_cuda()):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
@@ -203,7 +210,7 @@ class NinjaBuild(build_ext):
         exports.write_text("{ local: *; };\n")
         link = [f"-Wl,--version-script={exports}", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs", "-Wl,--no-as-needed"]
         link += [f"-L{torch}/lib", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
-        include = [f"-isystem{torch}/include", f"-I{ROOT}/csrc"]
+        include = ["-isystem", f"{torch}/include", f"-I{ROOT}/csrc"]  # apart: nvcc knows no -isystem<folder>
         torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *include]
 
         graph = NinjaGraph()
@@ -251,7 +258,10 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def _cuda_rule(graph: NinjaGraph, cuda: Cuda, torch_flags: list[str]) -> None:
-        flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "2", *cuda.code_flags]
+        host = "-fPIC,-fvisibility=hidden"
+        if not set(str(ROOT)) & set(" ,"):  # nvcc hands flags on unquoted
+            host += f",-ffile-prefix-map={ROOT}/="
+        flags = ["-std=c++17", "-O3", "-Xcompiler", host, "--threads", "2", *cuda.code_flags]
         command = NinjaGraph.flags([cuda.nvcc, *flags, *torch_flags])
         graph.rule("nvcc", f"{command} -MD -MF $out.d -c $in -o $out", depfile=True)
 

@@ -11,6 +11,7 @@ from .._checks import check_int, check_tensor
 from ..backends import registry
 from ..backends.cpu import compact_attention as cpu
 from ..backends.cpu import library
+from ..backends.cuda import compact_attention as cuda
 from ..backends.torch import compact_attention as plain
 from ..backends.triton import compact_attention as triton
 
@@ -233,6 +234,7 @@ registry.register(
     "compact_attention",
     _normalise,
     [
+        registry.Backend("cuda", cuda.supports, cuda.run, declines=cuda.declines),
         registry.Backend("triton", triton.supports, triton.run, declines=triton.declines, backward=triton.backward),
         registry.Backend("cpu", cpu.supports, cpu.run),
         registry.Backend("torch", plain.supports, plain.run, backward=plain.backward),

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES, INTERPRETED, check_forward, make_inputs
+from triton_cases import DECODE, DEVICES, INTERPRETED, check_forward, make_inputs
 
 pytest.importorskip("triton")
 from kvcompact_kernels.backends.triton import compact_attention as backend
@@ -13,41 +13,6 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 SMALL = Config(BM=16, BN=16, warps=4, stages=2)
 ONE_LOOP = Config(BM=64, BN=32, warps=4, stages=2)
 THREE_LOOPS = Config(BM=64, BN=32, warps=4, stages=2, loops=3)
-
-DECODE = {
-    "plain": {},
-    "no beta": {"beta": False},
-    "group 7": {"group": 7, "kv_heads": 1},
-    "group 1": {"group": 1, "kv_heads": 3},
-    "one slot": {"blocks": ((None, 1),), "tail": 0},
-    "empty tail": {"tail": 0},
-    "no slots": {"blocks": ((None, 0),), "tail": 9},
-    "only a tail": {"blocks": (), "tail": 21},
-    "tail of uneven lengths": {"tail": 23, "mask": True, "batch": 3},
-    "some slots off": {"off": 0.4},
-    "all slots off": {"off": 1.0, "tail": 0},
-    "all slots off but a tail": {"off": 1.0, "tail": 3},
-    "two queries": {"query_len": 2, "tail": 6},
-    "five queries, window": {"query_len": 5, "tail": 19, "window": 4},
-    "window of one": {"tail": 18, "window": 1},
-    "not causal": {"query_len": 3, "tail": 7, "causal": False},
-    "not causal, tail shorter than the query": {"query_len": 5, "tail": 2, "causal": False},
-    "not causal, window": {"query_len": 3, "tail": 40, "causal": False, "window": 17},
-    "ragged": {"blocks": ((None, [17, 0, 1, 40]),)},
-    "ragged without beta or tail": {"blocks": ((None, [3, 18, 33, 2]),), "beta": False, "tail": 0},
-    "one head sees nothing": {"blocks": ((None, [17, 0, 1, 40]),), "tail": 0},
-    "ragged and shared": {"blocks": ((1, [29, 3]),), "batch": 3},
-    "two blocks": {"blocks": ((None, 19), (None, 33))},
-    "three blocks of each kind": {"blocks": ((1, 19), (None, 33), (None, [5, 0, 21, 2])), "batch": 2},
-    "shared": {"blocks": ((1, 45),), "batch": 5, "tail": 4},
-    "shared, no tail": {"blocks": ((1, 45),), "batch": 5, "tail": 0},
-    "shared, three queries": {"blocks": ((1, 35),), "batch": 3, "query_len": 3, "tail": 8, "mask": True},
-    "head dim 80": {"head_dim": 80},
-    "head dim 96": {"head_dim": 96, "query_len": 2},
-    "head dim 128": {"head_dim": 128, "kv_heads": 1},
-    "head dim 256": {"head_dim": 256, "kv_heads": 1, "batch": 1},
-    "head dim 8": {"head_dim": 8},
-}
 
 
 @pytest.mark.parametrize("name", DECODE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton tests share: where they run, inputs, and the comparison with the fp64 reference."""
+"""What the tests of the GPU kernels share: where they run, inputs, and the comparison with the fp64 reference."""
 
 import os
 
@@ -27,6 +27,42 @@ DEVICES = [
     ),
 ]
 
+# Keywords of make_inputs: short queries in every kind of call.
+DECODE = {
+    "plain": {},
+    "no beta": {"beta": False},
+    "group 7": {"group": 7, "kv_heads": 1},
+    "group 1": {"group": 1, "kv_heads": 3},
+    "one slot": {"blocks": ((None, 1),), "tail": 0},
+    "empty tail": {"tail": 0},
+    "no slots": {"blocks": ((None, 0),), "tail": 9},
+    "only a tail": {"blocks": (), "tail": 21},
+    "tail of uneven lengths": {"tail": 23, "mask": True, "batch": 3},
+    "some slots off": {"off": 0.4},
+    "all slots off": {"off": 1.0, "tail": 0},
+    "all slots off but a tail": {"off": 1.0, "tail": 3},
+    "two queries": {"query_len": 2, "tail": 6},
+    "five queries, window": {"query_len": 5, "tail": 19, "window": 4},
+    "window of one": {"tail": 18, "window": 1},
+    "not causal": {"query_len": 3, "tail": 7, "causal": False},
+    "not causal, tail shorter than the query": {"query_len": 5, "tail": 2, "causal": False},
+    "not causal, window": {"query_len": 3, "tail": 40, "causal": False, "window": 17},
+    "ragged": {"blocks": ((None, [17, 0, 1, 40]),)},
+    "ragged without beta or tail": {"blocks": ((None, [3, 18, 33, 2]),), "beta": False, "tail": 0},
+    "one head sees nothing": {"blocks": ((None, [17, 0, 1, 40]),), "tail": 0},
+    "ragged and shared": {"blocks": ((1, [29, 3]),), "batch": 3},
+    "two blocks": {"blocks": ((None, 19), (None, 33))},
+    "three blocks of each kind": {"blocks": ((1, 19), (None, 33), (None, [5, 0, 21, 2])), "batch": 2},
+    "shared": {"blocks": ((1, 45),), "batch": 5, "tail": 4},
+    "shared, no tail": {"blocks": ((1, 45),), "batch": 5, "tail": 0},
+    "shared, three queries": {"blocks": ((1, 35),), "batch": 3, "query_len": 3, "tail": 8, "mask": True},
+    "head dim 80": {"head_dim": 80},
+    "head dim 96": {"head_dim": 96, "query_len": 2},
+    "head dim 128": {"head_dim": 128, "kv_heads": 1},
+    "head dim 256": {"head_dim": 256, "kv_heads": 1, "batch": 1},
+    "head dim 8": {"head_dim": 8},
+}
+
 
 def ragged_offsets(lengths, device):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int64, device=device)
@@ -48,13 +84,16 @@ def make_inputs(
     window=-1,
     off=0.0,
     poison=True,
+    pad=3,
 ):
     """Normalised arguments of compact_attention.
 
     ``blocks``: per block ``(Bk, slots)``, Bk None for the batch size; slots may be a list of lengths, one per head: ragged.
-    ``off``: the share of slots whose beta is -inf.
+    ``off``: the share of slots whose beta is -inf. ``pad``: of the poison around each tensor; 8 keeps rows on 16 bytes.
     """
-    wrap = poisoned if poison else lambda x: x
+
+    def wrap(x):
+        return poisoned(x, pad) if poison else x
 
     def randn(*shape):
         return torch.randn(*shape, device=device).to(dtype)

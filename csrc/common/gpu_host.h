@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the host side of the CUDA kernels asks of the device. The tests shadow this file, as gpu.cuh, by an emulation.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+
+// It lives in libtorch_cuda. Weak, so that this library can be linked and loaded beside a torch without CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
+
+#define KVC_CUDA_CHECK(call)                                                                              \
+  do {                                                                                                    \
+    const cudaError_t error_ = (call);                                                                    \
+    STD_TORCH_CHECK(error_ == cudaSuccess, "kvcompact: ", #call, " failed: ", cudaGetErrorString(error_)); \
+  } while (0)
+#define KVC_GPU_DISPATCH_KEY CUDA
+
+namespace kvc {
+
+// The GPU of a tensor, current as long as this lives, and its current stream. Waits for nothing.
+class Gpu {
+ public:
+  explicit Gpu(const torch::stable::Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "kvcompact: this torch has no CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+  }
+
+  static bool holds(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
+
+  int64_t multiprocessors() const {
+    int number = 0;
+    KVC_CUDA_CHECK(cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, index_));
+    return number;
+  }
+
+  // A kernel that takes one struct, and `shared_bytes` of dynamic shared memory.
+  template <class Params>
+  void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, const Params& params) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "kvcompact: a launch of ", blocks, " blocks is too large");
+    if (shared_bytes > 48 * 1024) {
+      KVC_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream_)>>>(params);
+    KVC_CUDA_CHECK(cudaGetLastError());
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+}  // namespace kvc
