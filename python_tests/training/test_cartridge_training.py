@@ -3,6 +3,8 @@
 
 import errno
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,7 +23,7 @@ from kvcompact_kernels.training import train_cartridge
 from kvcompact_kernels.training.cartridge import BatchPlan, CartridgeConfig, cartridge_bytes, default_loop
 from kvcompact_kernels.training.checkpoint import CheckpointError
 from kvcompact_kernels.training.distill import Targets
-from kvcompact_kernels.training.loop import Step, TrainingError
+from kvcompact_kernels.training.loop import Step, TrainingError, TrainingInterrupted
 from kvcompact_kernels.training.self_study import Conversation, SelfStudyConfig
 
 TEXT = "The lantern is green. The bell rings at noon. Nobody knows why. Seven ships left. " * 3
@@ -138,6 +140,26 @@ def test_resuming_is_exact(model, tokenizer, tmp_path, run_folder, documents):
     # a finished run trains no more, and writes its file again
     again = fit(model, tokenizer, tmp_path / "b", run_folder / "b", documents, config)
     assert all(one.finished and one.losses == [] and one.evaluation for one in again)
+
+
+def test_ctrl_c_saves_the_step_and_the_rest_is_the_same(model, tokenizer, tmp_path, run_folder, monkeypatch):
+    plain = training.distillation_loss
+    calls, before = [], is_patched(model)
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*args, **options)
+
+    fit(model, tokenizer, tmp_path / "a.kvc", run_folder / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "distillation_loss", interrupted)
+        with pytest.raises(TrainingInterrupted, match=r"interrupted after step \d of 12"):
+            fit(model, tokenizer, tmp_path / "b.kvc", run_folder / "b")
+    assert is_patched(model) == before
+    fit(model, tokenizer, tmp_path / "b.kvc", run_folder / "b")
+    assert_same(tmp_path / "a.kvc", tmp_path / "b.kvc")
 
 
 def test_an_unfinished_run_leaves_a_usable_file_and_says_so(model, tokenizer, tmp_path, run_folder):
