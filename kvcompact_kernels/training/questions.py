@@ -8,6 +8,7 @@ file line by line, so an interrupted preparation goes on where it stopped.
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from ..evaluation.metrics import stop_ids
 from ..prompt import document_ids, question_ids
 from .data import Corpus, Item, Stream
 
-WRITE = "Write one short question about this text that a few words of the text answer. Write nothing but the question."
-MAX_QUESTION, MAX_ANSWER = 40, 40
+WRITE = "Write one short question that this text answers."
+# Put into the model's mouth: small models left to themselves ask "What is the answer to this question?".
+OPENINGS = ("What", "Who", "When", "Where", "How many", "Which", "Why", "How")
+BRIEF = ("", " Answer briefly.", " Answer in a few words.")
+MAX_QUESTION, MAX_ANSWER = 32, 40
 
 
 def add_questions(
@@ -52,7 +56,9 @@ def add_questions(
     check_int("questions", count, minimum=0)
     check_int("passage", passage, minimum=8)
     check_int("batch", batch, minimum=1)
-    key = json.dumps([corpus.key, fingerprint, passage, seed, WRITE, MAX_QUESTION, MAX_ANSWER], sort_keys=True)
+    key = json.dumps(
+        [corpus.key, fingerprint, passage, seed, WRITE, OPENINGS, BRIEF, MAX_QUESTION, MAX_ANSWER], sort_keys=True
+    )
     path = None if folder is None else folder / f"questions-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
     rows = _read(path)
     wanted = [(part, i) for part, n in (("train", count), ("held", -(-count // 10))) for i in range(n)]
@@ -67,7 +73,9 @@ def add_questions(
             for first in range(0, len(missing), batch):
                 entries = missing[first : first + batch]
                 places = [_place(corpus, streams[part], passage, f"{seed}:{part}:{i}") for part, i in entries]
-                found = _write(model, corpus, [streams[e[0]].ids[a:b].tolist() for e, (a, b) in zip(entries, places)])
+                passages = [streams[part].ids[a:b].tolist() for (part, _), (a, b) in zip(entries, places)]
+                draws = [random.Random(f"{seed}:{part}:{i}:question") for part, i in entries]
+                found = _write(model, corpus, passages, draws)
                 for (part, i), (start, end), pair in zip(entries, places, found):
                     question, answer = pair if pair else (None, None)
                     row = {"part": part, "index": i, "start": start, "end": end, "question": question, "answer": answer}
@@ -117,37 +125,57 @@ def _place(corpus: Corpus, stream: Stream, passage: int, name: str) -> tuple[int
     return start, start + passage
 
 
-def _write(model: Any, corpus: Corpus, passages: Sequence[Sequence[int]]) -> list[tuple[str, list[int]] | None]:
+def _write(
+    model: Any, corpus: Corpus, passages: Sequence[Sequence[int]], draws: Sequence[random.Random]
+) -> list[tuple[str, list[int]] | None]:
     """Question and answer ids for each passage, or None where nothing usable came."""
     tokenizer, form = corpus.tokenizer, corpus.form
     texts = [tokenizer.decode(passage) for passage in passages]
-    documents = [document_ids(tokenizer, form, text) for text in texts]
-    if form.chat:
-        asked = [document + question_ids(tokenizer, form, WRITE) for document in documents]
-    else:
-        asked = [document + corpus.encode(form.between) for document in documents]
-    questions = [
-        _first_line(tokenizer.decode(ids, skip_special_tokens=True)) for ids in generate(model, asked, MAX_QUESTION)
-    ]
-    questions = [q[: q.index("?") + 1] if "?" in q and len(q.split()) >= 3 else None for q in questions]
+    sentences = [telling_sentence(text) for text in texts]
+    openings = [draw.choice(OPENINGS) for draw in draws]
+    asked = []
+    for sentence, opening in zip(sentences, openings):
+        if form.chat:
+            start = document_ids(tokenizer, form, f'Text: "{sentence}"') + question_ids(tokenizer, form, WRITE)
+            asked.append(start + corpus.encode(opening))
+        else:
+            asked.append(document_ids(tokenizer, form, sentence) + corpus.encode(form.between + opening))
+    questions = []
+    for sentence, opening, ids in zip(sentences, openings, generate(model, asked, MAX_QUESTION)):
+        line = _first_line(opening + tokenizer.decode(ids, skip_special_tokens=True))
+        question = line[: line.index("?") + 1] if "?" in line else ""
+        about = _words(question) & _words(sentence) - _words(WRITE)
+        questions.append(question if about and len(question.split()) >= 3 else None)
     good = [i for i, question in enumerate(questions) if question is not None]
     found: list[tuple[str, list[int]] | None] = [None] * len(passages)
     if not good:
         return found
-    prompts = [documents[i] + question_ids(tokenizer, form, questions[i]) for i in good]
+    whole = {i: questions[i] + draws[i].choice(BRIEF) for i in good}
+    prompts = [document_ids(tokenizer, form, texts[i]) + question_ids(tokenizer, form, whole[i]) for i in good]
     stop = stop_ids(model)
     for i, ids in zip(good, generate(model, prompts, MAX_ANSWER)):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         if form.chat:
-            if len(ids) < 2 or ids[-1] not in stop:  # nothing, or too much, was said
-                continue
-            answer = ids
+            ended, answer = len(ids) > 1 and ids[-1] in stop, ids
         else:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            if "\n" not in text or not _first_line(text):
-                continue
-            answer = corpus.encode(f" {_first_line(text)}\n")
-        found[i] = (questions[i], list(answer))
+            ended, answer = "\n" in text.lstrip(), corpus.encode(f" {_first_line(text)}\n")
+        words = _words(_first_line(text))
+        if ended and words and 2 * len(words & _words(texts[i])) >= len(words):
+            found[i] = (whole[i], list(answer))
     return found
+
+
+def telling_sentence(text: str) -> str:
+    """The sentence of a passage with the most numbers and names, for there is something to ask about in it."""
+    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", text)]
+    whole = sentences[1:-1] or sentences  # the first and the last are cut off
+    fitting = [s for s in whole if 6 <= len(s.split()) <= 40] or [text.strip()]
+    return max(fitting, key=lambda s: len(re.findall(r"\d+|(?<=\s)[A-Z]\w+", s)))
+
+
+def _words(text: str) -> set[str]:
+    """Words that say something: longer ones, and numbers."""
+    return {word.lower() for word in re.findall(r"\w+", text) if len(word) > 3 or word.isdigit()}
 
 
 def _first_line(text: str) -> str:

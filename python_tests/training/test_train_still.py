@@ -302,7 +302,7 @@ def test_the_model_writes_questions_once_and_interruptions_lose_none(tmp_path, m
         asking = questions_module.WRITE in corpus.tokenizer.decode(prompts[0])
         if len(calls) == 5:
             raise KeyboardInterrupt
-        text = " Which bell rings? Maybe.\n" if asking else "the seventh"
+        text = " bell rings? Maybe.\n" if asking else "the bell"
         return [
             corpus.encode(text) + ([] if i == 1 and len(prompts) == 3 and not asking else [4])
             for i in range(len(prompts))
@@ -321,12 +321,38 @@ def test_the_model_writes_questions_once_and_interruptions_lose_none(tmp_path, m
     # of each three answers the second never ended
     assert len(corpus.train.items) == 10 - 3 and len(corpus.held.items) == 1
     item = corpus.train.items[0]
-    assert item.question == "Which bell rings?" and list(item.answer) == [*corpus.encode("the seventh"), 4]
+    assert item.question.split("?")[0] in [f"{word} bell rings" for word in questions_module.OPENINGS]
+    assert list(item.answer) == [*corpus.encode("the bell"), 4]
     assert item.end - item.start == 64
     other = Corpus(read_texts([TEXT]), tiny_tokenizer(), 261, 0.2)
     calls[:] = [0] * 10
     assert questions_module.add_questions(model, other, 10, {"w": "1"}, tmp_path, **options) == first
     assert sum(calls) == 0 and other.train.items == corpus.train.items
+
+
+def test_useless_questions_and_answers_are_left_out(monkeypatch):
+    corpus = Corpus(read_texts([TEXT]), tiny_tokenizer(), 261, 0.0)
+    model = patch_model(new_model())
+    model.generation_config.eos_token_id = 4
+    said = iter([" bell rings?", " is the answer to this question?", " bell rings", " bell?"])
+    answers = iter(["the bell", "unheard of things"])
+
+    def generate(model, prompts, limit):
+        asking = questions_module.WRITE in corpus.tokenizer.decode(prompts[0])
+        return [corpus.encode(next(said if asking else answers)) + [4] for _ in prompts]
+
+    monkeypatch.setattr(questions_module, "generate", generate)
+    questions_module.add_questions(model, corpus, 4, {}, None, passage=64, batch=4, seed=3)
+    # left over: the first. No word of the sentence; no question mark; too short or answered out of thin air
+    assert len(corpus.train.items) == 1
+
+
+def test_the_sentence_with_names_and_numbers_is_asked_about():
+    text = (
+        "cut off here. It was a day like any other day there. In 1907 Anna Berg sold the mill to her cousin. So it wa"
+    )
+    assert questions_module.telling_sentence(text) == "In 1907 Anna Berg sold the mill to her cousin."
+    assert questions_module.telling_sentence("one two") == "one two"
 
 
 def test_generated_answers_end_at_their_end_token():
