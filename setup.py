@@ -125,6 +125,17 @@ class Cuda:
         return flags
 
 
+def nvcc_candidates() -> list[str]:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return [path for path in candidates if path]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler of this machine, or None."""
+    return next((path for path in nvcc_candidates() if os.path.exists(path)), None)
+
+
 def find_cuda(sources: list[Path]) -> Cuda | None:
     """The CUDA toolkit to build ``sources`` with, or None when CUDA is off, of no use or not found, or nothing is to build."""
     wanted = os.environ.get("KVCOMPACT_CUDA", "auto")
@@ -132,12 +143,10 @@ def find_cuda(sources: list[Path]) -> Cuda | None:
         raise SystemExit(f"KVCOMPACT_CUDA must be 0 or 1, got {wanted!r}")
     if wanted == "0" or not sources or (wanted == "auto" and not torch_has_cuda()):
         return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    nvcc = next((path for path in candidates if path and os.path.exists(path)), None)
+    nvcc = find_nvcc()
     if nvcc is None:
         if wanted == "1":
-            raise SystemExit(f"KVCOMPACT_CUDA=1, but nvcc is at none of {[path for path in candidates if path]}")
+            raise SystemExit(f"KVCOMPACT_CUDA=1, but nvcc is at none of {nvcc_candidates()}")
         return None
     # nvcc may be a wrapper script: ask it where the toolkit lies.
     plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], check=False, capture_output=True, text=True).stderr

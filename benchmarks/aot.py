@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every Triton kernel configuration that can be picked for sm_80 and sm_90, without a GPU, and checks the result.
+"""Compiles every kernel configuration that can be picked for sm_80 and sm_90, without a GPU, and checks the result.
 
     python benchmarks/aot.py                 compile all, compare with benchmarks/results/aot.csv, exit 1 on a regression
     python benchmarks/aot.py --write         compile all and save the table
@@ -8,21 +8,24 @@
 The gate of a row: nothing spilled, shared memory within the arch's limit, tensor-core instructions where a dot of 16-bit
 operands is. Against the saved table: no more shared memory, no tensor-core instruction kind lost, registers within a
 margin (another Triton or ptxas moves them a little). Results are cached by the hash of the kernel sources, the
-configuration and Triton's version.
+configuration and the compiler's version. The CUDA kernels (rows "CUDA ...", for sm_80 and sm_90a) are compiled where nvcc is
+found, warnings being errors; where it is not, they are skipped, and the last line says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +37,9 @@ ARCHS = {"sm80": 80, "sm90": 90}
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024}
 REGISTER_MARGIN = 24
 KERNELS = ROOT / "kvcompact_kernels" / "backends" / "triton" / "kernels"
+CUDA_MODULE = "decode.cuh"  # marks the cases that nvcc compiles
+CUDA_SOURCES = ("common/gpu.cuh", "compact_attention/decode.cuh")
+NVCC_ARCHS = {"sm80": "80", "sm90": "90a"}
 
 
 @dataclass(frozen=True)
@@ -305,6 +311,90 @@ def _key_scores_cases(arch: str, table: dict[str, list[dict]]) -> Iterator[Case]
     )
 
 
+CUDA_KERNELS = {  # C++ template, its parameter struct, bytes of dynamic shared memory
+    "decode_attention": ("Decode", "DecodeShared<{dim}>::kBytes"),
+    "decode_merge": ("DecodeMerge", "kDecodeMergeShared<{dim}>"),
+}
+
+
+def _cuda_cases(arch: str) -> Iterator[Case]:
+    from kvcompact_kernels.backends.cuda.compact_attention import HEAD_DIMS
+
+    for kernel in CUDA_KERNELS:
+        for dim in HEAD_DIMS:
+            for element in ("Bf16", "Fp16"):
+                config = f"CUDA d{dim} {element.lower()}"
+                constants = {"HEAD_DIM": dim}
+                attends = kernel == "decode_attention"
+                yield Case(kernel, config, arch, CUDA_MODULE, constants, {"Out": element}, 4, 0, (), attends)
+
+
+@functools.cache
+def nvcc() -> str | None:
+    """The CUDA compiler that setup.py would take, or None."""
+    spec = importlib.util.spec_from_file_location("kvcompact_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.find_nvcc()
+
+
+@functools.cache
+def _nvcc_version() -> str:
+    return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _compile_cuda(arch: str) -> dict[tuple[str, str], dict[str, str | int]]:
+    """All rows of CUDA kernels for one arch, by kernel and configuration."""
+    import triton.backends.nvidia
+
+    chosen = list(_cuda_cases(arch))
+    lines = [f'#include "{CUDA_SOURCES[-1]}"', "namespace kvc {"]
+    for i, case in enumerate(chosen):
+        parameters, shared = CUDA_KERNELS[case.kernel]
+        dim = case.constants["HEAD_DIM"]
+        name = f"{case.kernel}<{case.types['Out']}, {dim}>"
+        lines.append(f"template __global__ void {name}(KVC_PARAMETERS({parameters}));")
+        lines.append(f'extern "C" __device__ int kvc_shared_{i} = {shared.format(dim=dim)};')
+    with tempfile.TemporaryDirectory() as folder:
+        source, ptx, cubin = (Path(folder, f"kernels.{suffix}") for suffix in ("cu", "ptx", "cubin"))
+        source.write_text("\n".join([*lines, "}", ""]))
+        target = NVCC_ARCHS[arch]
+        compiler = [nvcc(), "-Werror", "all-warnings", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
+        _checked([*compiler, f"-arch=compute_{target}", "-ptx", str(source), "-o", str(ptx)])
+        assembler = [*compiler, f"-gencode=arch=compute_{target},code=sm_{target}"]
+        _checked([*assembler, "-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-cubin", str(ptx), "-o", str(cubin)])
+        tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+        usage = _checked([str(tools / "cuobjdump"), "-res-usage", str(cubin)])
+        sass = _checked([str(tools / "nvdisasm"), str(cubin)])
+        shared = dict(re.findall(r"kvc_shared_(\d+) = (\d+)", ptx.read_text()))
+    functions = {name: text for name, text in re.findall(r"Function (\S+):\n(.*)", usage)}
+    code = dict(re.findall(r"^\.text\.(\S+):\n(.*?)(?=^\.text\.|\Z)", sass, re.MULTILINE | re.DOTALL))
+    rows = {}
+    for i, case in enumerate(chosen):
+        parts = (f"{len(case.kernel)}{case.kernel}I", f"4{case.types['Out']}", f"ELi{case.constants['HEAD_DIM']}E")
+        name = next(n for n in functions if all(part in n for part in parts))
+        rows[case.kernel, case.config] = {
+            "kernel": case.kernel,
+            "config": case.config,
+            "arch": arch,
+            "registers": int(re.search(r"REG:(\d+)", functions[name])[1]),
+            "spill_bytes": sum(int(re.search(rf"{k}:(\d+)", functions[name])[1]) for k in ("STACK", "LOCAL")),
+            "shared_bytes": int(shared[str(i)]),
+            "hgmma": len(re.findall(r"\bHGMMA\b", code[name])),
+            "hmma": len(re.findall(r"\bHMMA\b", code[name])),
+        }
+    return rows
+
+
+def _checked(command: list[str]) -> str:
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return result.stdout + result.stderr
+
+
 def _tile(entry: dict) -> str:
     return f"{entry['BM']}x{entry['BN']} w{entry['warps']} s{entry['stages']} r{entry['rows']}"
 
@@ -322,6 +412,7 @@ def cases() -> list[Case]:
         found += _key_scores_cases(arch, table)
         found += _still_cases(arch, table)
         found += _pack_cases(arch)
+        found += _cuda_cases(arch)
     unique = {case.key: case for case in found}
     return list(unique.values())
 
@@ -349,14 +440,21 @@ def compile_case(case: Case) -> dict[str, str | int]:
     """The row of one case; from the cache if nothing that it depends on has changed."""
     import triton
 
+    if case.module == CUDA_MODULE:
+        sources = "".join((ROOT / "csrc" / name).read_text() for name in CUDA_SOURCES)
+        identity = f"{sources}{case}{_nvcc_version()}{inspect.getsource(_compile_cuda)}"
+        return _from_cache(identity, lambda: _compile_cuda(case.arch)[case.kernel, case.config])
     modules = {"common", "still_cross_attention", case.module} if "still" in case.module else {"common", case.module}
     source = "".join((KERNELS / f"{name}.py").read_text() for name in sorted(modules))
     method = inspect.getsource(_source) + inspect.getsource(_compile)
-    identity = f"{source}{case}{triton.__version__}{method}"
+    return _from_cache(f"{source}{case}{triton.__version__}{method}", lambda: _compile(case))
+
+
+def _from_cache(identity: str, compute: Callable[[], dict[str, str | int]]) -> dict[str, str | int]:
     cached = CACHE / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
     if cached.exists():
         return json.loads(cached.read_text())
-    row = _compile(case)
+    row = compute()
     CACHE.mkdir(parents=True, exist_ok=True)
     cached.write_text(json.dumps(row))
     return row
@@ -428,8 +526,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     chosen = [case for case in cases() if options.only in case.key]
     saved = saved_table() if TABLE.exists() else {}
+    skipped = [case for case in chosen if case.module == CUDA_MODULE] if nvcc() is None else []
     rows, failures = [], 0
     for case in chosen:
+        if case in skipped:
+            continue
         row = compile_case(case)
         rows.append(row)
         old = row if options.write else saved.get((case.kernel, case.config, case.arch))
@@ -438,13 +539,16 @@ def main(argv: list[str] | None = None) -> int:
         if found or not options.quiet:
             print(*(row[c] for c in COLUMNS), *(["FAILS:", "; ".join(found)] if found else []), flush=True)
     if options.write:
-        merged = {} if not options.only else dict(saved)
+        kept = {(case.kernel, case.config, case.arch) for case in skipped}
+        merged = dict(saved) if options.only else {key: row for key, row in saved.items() if key in kept}
         merged.update({(r["kernel"], r["config"], r["arch"]): r for r in rows})
         with open(TABLE, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(merged.values())
     print(f"{len(rows)} configurations, {failures} fail")
+    if skipped:
+        print(f"{len(skipped)} configurations of CUDA kernels were skipped: nvcc was not found")
     return 1 if failures else 0
 
 
