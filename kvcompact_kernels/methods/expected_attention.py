@@ -20,7 +20,7 @@ class ExpectedAttention(ScoredMethod):
 
     Expected Attention (arXiv 2510.00636). Queries before rotation are taken for Gaussian, with the mean and covariance of
     the context's own; RoPE is averaged over the next ``future`` positions; attention to each key then has a closed form
-    (``reference/selection.py``).
+    (``reference/selection.py``), normalised over the keys behind the sinks (which score 0: they are kept in any case).
 
     Attributes:
         future: positions behind the context that the rotation is averaged over.
@@ -76,7 +76,12 @@ class ExpectedAttention(ScoredMethod):
         mean = mean @ rotation.T
         covariance = rotation @ covariance @ rotation.T
         values = layer.values if self.use_values else torch.ones_like(layer.values)
-        return expected_attention_scores(mean, covariance, layer.keys, values, layer.scale, self.epsilon)
+        # sinks are kept anyway: what they draw must not count against a head's other tokens when heads are averaged
+        first = leading_sinks(layer, self.sinks)
+        scores = expected_attention_scores(
+            mean, covariance, layer.keys[:, :, first:], values[:, :, first:], layer.scale, self.epsilon
+        )
+        return torch.nn.functional.pad(scores, (first, 0))
 
     def _average_rotation(self, layer: LayerInput, dtype: torch.dtype) -> Tensor:
         """``[d, d]``: the mean of RoPE's rotations at the positions that come next; it acts on columns."""

@@ -7,6 +7,7 @@ from torch import Tensor, arange
 
 from .._checks import check_int
 from ..cache import CompactBlock
+from ..ops.compact_attention import compact_attention
 from ..ops.key_scores import key_scores
 from ..reference.selection import gather_tokens
 from ._scored import ScoredMethod
@@ -19,7 +20,7 @@ from .base import LayerInput, register_method
 class Finch(ScoredMethod):
     """Keeps the prompt's tokens and those that they attend to most, and closes the gaps between their positions.
 
-    FINCH (Corallo and Papotti, TACL 12, 2024, "Prompt-guided Key-Value Cache Compression"), in one piece instead of chunk
+    FINCH (Corallo and Papotti, arXiv 2408.00167, TACL 12, 2024), in one piece instead of chunk
     by chunk. The prompt is the end of what is compacted: it takes a question there (query-aware use) to be more than
     SnapKV without pooling. Kept keys are re-rotated to successive positions. The paper continues to count behind them; here
     the cache keeps its logical length T, so the slots get the positions ``T - slots ... T - 1``, which is the same to every
@@ -33,7 +34,7 @@ class Finch(ScoredMethod):
 
     name = "finch"
     summary = "what the prompt's tokens attend to, with the gaps between positions closed"
-    source = "FINCH, TACL 12 (2024), section 4"
+    source = "FINCH, arXiv 2408.00167 (TACL 12, 2024), prompt-guided selection"
 
     window: int = 32
     rerotate: bool = True
@@ -58,11 +59,15 @@ class Finch(ScoredMethod):
         return sinks, min(self.window, (slots - sinks) // 2)
 
     def scores(self, layer: LayerInput) -> Tensor:
-        window = min(self.window, layer.num_tokens)
-        scores = key_scores(layer.queries[:, :, -window:], layer.keys, scale=layer.scale)
-        # a token of the prompt is seen by those behind it only: attention per query that sees it
-        seen = (layer.num_tokens - arange(layer.num_tokens, device=scores.device)).clamp(max=window)
-        return scores / seen
+        tokens, window = layer.num_tokens, min(self.window, layer.num_tokens)
+        queries = layer.queries[:, :, -window:]
+        tail = {"tail_keys": layer.keys, "tail_values": layer.values, "num_kv_heads": layer.keys.shape[1]}
+        _, lse = compact_attention(queries, [], [], **tail, scale=layer.scale, return_lse=True)
+        # a later query spreads its attention over more tokens: weighted by how many it has before it
+        before = arange(tokens - window, tokens, device=lse.device).clamp(min=1)
+        scores = key_scores(queries, layer.keys, lse=lse - before.to(lse.dtype).log(), scale=layer.scale)
+        # a token of the prompt is seen by those behind it only: per query that sees it
+        return scores / (tokens - arange(tokens, device=scores.device)).clamp(max=window)
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
         check_layer(self, layer, slots)

@@ -149,9 +149,10 @@ def matching_pursuit(
 ) -> Tensor:
     """Ascending ``indices [B, Hkv, slots]`` by orthogonal matching pursuit on the mass (step 2).
 
-    Again and again the keys whose columns ``p_j / |p_j|`` correlate most with what the weights of the chosen ones leave
-    of the target are chosen, ``ceil((slots - first) / refits)`` at a time, and all weights are fitted anew. The ``first``
-    tokens are chosen beforehand. One head at a time, for its gram matrix is T x T.
+    Again and again the keys whose columns ``p_j`` have the largest product with what the weights of the chosen ones leave
+    of the target are chosen, ``ceil((slots - first) / refits)`` at a time, and all weights are fitted anew. Columns are not
+    normalised: keys that hold much mass go first, which on real caches halves the error of what the slots answer. The
+    ``first`` tokens are chosen beforehand. One head at a time, for its gram matrix is T x T.
     """
     batch, heads, tokens, _ = keys.shape
     step = max(1, -(-(slots - first) // refits))
@@ -160,7 +161,6 @@ def matching_pursuit(
         for h in range(heads):
             one = slice(b, b + 1), slice(h, h + 1)
             gram, rhs = (x[0, 0] for x in mass_equations(queries[one], keys[one], lse[one], scale))
-            norm = gram.diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
             free = torch.ones(tokens, dtype=torch.bool, device=keys.device)
             picked = torch.arange(first, device=keys.device)
             free[:first] = False
@@ -169,7 +169,7 @@ def matching_pursuit(
                 if picked.numel():
                     beta = match_mass(gram[picked[:, None], picked][None, None], rhs[picked][None, None], ridge, limit)
                     left = rhs - gram[:, picked] @ beta[0, 0].exp()
-                gain = (left / norm).masked_fill(~free, float("-inf"))
+                gain = left.masked_fill(~free, float("-inf"))
                 best = gain.sort(descending=True, stable=True).indices[: min(step, slots - picked.numel())]
                 free[best] = False
                 picked = torch.cat([picked, best])

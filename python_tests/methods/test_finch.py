@@ -12,7 +12,10 @@ def test_keeps_the_prompt_and_what_it_attends_to():
     layer = make_layer(60)
     method = get_method("finch", window=6, rerotate=False, sinks=1)
     index = kept_indices(layer, method.compact_layer(layer, 20))
-    scores = key_scores(layer.queries[:, :, -6:], layer.keys, scale=layer.scale)
+    each = [
+        key_scores(layer.queries[:, :, i : i + 1], layer.keys[:, :, : i + 1], scale=layer.scale) for i in range(54, 60)
+    ]
+    scores = sum(i * s[..., :54] for i, s in zip(range(54, 60), each))
     want = scores[..., 1:54].topk(13).indices.sort().values + 1
     assert torch.equal(index[..., 1:14], want)
     assert torch.equal(index[..., 14:], torch.arange(54, 60).expand(2, 2, 6)) and (index[..., 0] == 0).all()
@@ -21,9 +24,9 @@ def test_keeps_the_prompt_and_what_it_attends_to():
 def test_prompt_tokens_count_per_query_that_sees_them():
     layer = make_layer(30, queries=torch.zeros(2, 6, 30, 8))
     scores = get_method("finch", window=5).scores(layer)
-    # attention is even, so a token that two queries see gets the mean of 1/29 and 1/30 for each query head
-    assert scores[0, 0, 28].item() == pytest.approx(3 * (1 / 29 + 1 / 30) / 2)
-    assert scores[0, 0, 0].item() == pytest.approx(3 * sum(1 / n for n in range(26, 31)) / 5)
+    # attention is even, 1/n of n tokens for each query head, weighted by the n - 1 tokens before the query
+    assert scores[0, 0, 28].item() == pytest.approx(3 * (28 / 29 + 29 / 30) / 2)
+    assert scores[0, 0, 0].item() == pytest.approx(3 * sum((n - 1) / n for n in range(26, 31)) / 5)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.3])

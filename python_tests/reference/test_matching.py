@@ -170,6 +170,18 @@ def test_matching_pursuit_finds_keys_that_the_largest_attention_misses():
     assert got.tolist() in ([[[2, 5]]], [[[3, 5]]])
 
 
+def test_matching_pursuit_takes_the_key_with_most_mass_first():
+    # a third of the queries give most of their attention to key 1; key 0 has a little of every query
+    keys = torch.zeros(1, 1, 40, 4, dtype=torch.float64)
+    keys[0, 0, 0, 0], keys[0, 0, 1, 1] = 0.5, 4.0
+    queries = torch.zeros(1, 1, 30, 4, dtype=torch.float64)
+    queries[..., 0], queries[0, 0, :10, 1] = 1.0, 1.0
+    logits = queries @ keys.transpose(-1, -2)
+    prob = logits.softmax(-1)[0, 0]
+    assert (prob / prob.norm(dim=0)).sum(0).argmax() != 1 == prob.sum(0).argmax()
+    assert matching.matching_pursuit(queries, keys, logits.logsumexp(-1), 1, 1.0, 1e-6, 7.0).tolist() == [[[1]]]
+
+
 def test_matching_pursuit_beats_the_largest_attention_on_mass():
     queries, keys, _, _ = toy(rows=120, tokens=60)
     prob = (0.5 * queries @ keys.transpose(-1, -2)).softmax(-1)
