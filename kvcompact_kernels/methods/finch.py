@@ -20,11 +20,11 @@ from .base import LayerInput, register_method
 class Finch(ScoredMethod):
     """Keeps the prompt's tokens and those that they attend to most, and closes the gaps between their positions.
 
-    FINCH (Corallo and Papotti, arXiv 2408.00167, TACL 12, 2024), in one piece instead of chunk
-    by chunk. The prompt is the end of what is compacted: it takes a question there (query-aware use) to be more than
-    SnapKV without pooling. Kept keys are re-rotated to successive positions. The paper continues to count behind them; here
-    the cache keeps its logical length T, so the slots get the positions ``T - slots ... T - 1``, which is the same to every
-    later token, for only distances matter to RoPE.
+    FINCH (Corallo and Papotti, arXiv 2408.00167, TACL 12, 2024), in one piece instead of chunk by chunk. The prompt is the
+    end of what is compacted: it takes a question there (query-aware use) to be more than SnapKV without pooling. Each
+    query's attention is weighted by the number of tokens before it. Kept keys are re-rotated to successive positions. The
+    paper continues to count behind them; here the cache keeps its logical length T, so the slots get the positions
+    ``T - slots ... T - 1``, which is the same to every later token, for only distances matter to RoPE.
 
     Attributes:
         window: tokens of the prompt, which are kept as far as half of the slots take them.
