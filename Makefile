@@ -7,6 +7,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+OUT ?= build/bench-gpu
 
 PY := $(VENV)/bin/python
 BASE := $(VENV)/.stamp-base
@@ -18,7 +19,7 @@ SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format aot bench build clean
+.PHONY: help setup demo test lint format aot bench bench-gpu build clean
 
 help: ## This text.
 	@echo "kvcompact-kernels: make <target>"
@@ -69,6 +70,9 @@ aot: $(TESTS) ## Compiles every Triton kernel for sm_80 and sm_90 and checks reg
 
 bench: $(TESTS) ## Runs the CPU benchmarks; rows go to benchmarks/results.
 	@$(PY) benchmarks/run.py $(BENCH_ARGS)
+
+bench-gpu: ## One visit to a GPU, with the Python that is active and OUT=folder: build, tests, sanitizer, benchmarks.
+	@$(PYTHON) benchmarks/gpu/visit.py --out "$(OUT)" $(BENCH_ARGS)
 
 build: $(PACKAGE) ## Builds the wheel into dist/.
 	@$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,11 +103,19 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def device_slug(name: str) -> str:
+    """A device's name as a file's: ``"NVIDIA H100 80GB HBM3"`` is ``"nvidia_h100_80gb_hbm3"``."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """Name of the configuration file for a device: by the shared memory that a block may use."""
+    """Name of the configuration file for a device: its own where one was measured, else by the shared memory of a block."""
     if device.type != "cuda":
         return "sm80"
+    own = device_slug(torch.cuda.get_device_name(device))
+    if (CONFIGS / f"{own}.json").exists():
+        return own
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return "sm90" if limit >= LARGE_SHARED_BYTES else "sm80"
 
