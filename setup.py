@@ -267,7 +267,7 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def _cuda_rule(graph: NinjaGraph, cuda: Cuda, torch_flags: list[str]) -> None:
-        host = "-fPIC,-fvisibility=hidden"
+        host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         if not set(str(ROOT)) & set(" ,"):  # nvcc hands flags on unquoted
             host += f",-ffile-prefix-map={ROOT}/="
         flags = ["-std=c++17", "-O3", "-Xcompiler", host, "--threads", "2", *cuda.code_flags]

@@ -90,7 +90,10 @@ def test_kernel_objects_export_only_their_entry_points(source):
 
 @pytest.mark.slow
 def test_the_library_needs_only_the_stable_abi_and_exports_nothing(source, unpacked):
-    path = unpacked / "kvcompact_kernels/_C.so"
+    assert_stable_abi(unpacked / "kvcompact_kernels/_C.so", source)
+
+
+def assert_stable_abi(path, source):
     needed = [name.split("@")[0] for name, _ in symbols(path, "-D", "--undefined-only")]
     shims = [name for name in needed if name.startswith(("aoti_torch_", "torch_"))]
     assert shims
@@ -102,6 +105,51 @@ def test_the_library_needs_only_the_stable_abi_and_exports_nothing(source, unpac
         assert not re.search(r"c10|torch|^Py|^_Py|aten", name), name
     assert symbols(path, "-D", "--defined-only") == []
     assert str(source).encode() not in path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(source, setup_module_):
+    """A wheel with the CUDA kernels, built beside whatever torch this is."""
+    if setup_module_.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    environment = {**os.environ, "KVCOMPACT_CUDA": "1"}
+    said = run([sys.executable, "setup.py", "build_ext"], cwd=source, env=environment)
+    assert "CUDA off" not in said and "warning" not in said.lower(), said
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "--no-index"]
+    run([*command, "-w", source / "dist_cuda", source], env=environment)
+    return next(source.glob("dist_cuda/*.whl"))
+
+
+@pytest.mark.slow
+def test_the_cuda_library_travels_in_the_wheel_and_loads_beside_any_torch(cuda_wheel, source, tmp_path):
+    zipfile.ZipFile(cuda_wheel).extractall(tmp_path)
+    path = tmp_path / "kvcompact_kernels/_C_cuda.so"
+    assert_stable_abi(path, source)
+    needed = re.findall(r"NEEDED +(\S+)", run(["objdump", "-p", path]))
+    assert not [name for name in needed if "cuda" in name], needed  # neither the runtime nor torch's part for CUDA
+    code = """
+import torch
+from kvcompact_kernels.backends.cpu import library
+from kvcompact_kernels.backends.cuda import library as cuda
+library.load()
+torch.ops.load_library(str(cuda.LIBRARY_PATH))
+print(torch._C._dispatch_has_kernel_for_dispatch_key("kvcompact::compact_attention_decode", "CUDA"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert run([sys.executable, "-c", code], cwd=tmp_path, env=environment).strip() == "True"
+
+
+@pytest.mark.slow
+def test_the_cuda_library_holds_machine_code_of_every_architecture(cuda_wheel, setup_module_, tmp_path):
+    triton = importlib.util.find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool or not tool.exists():
+        pytest.skip("needs Triton's cuobjdump")
+    zipfile.ZipFile(cuda_wheel).extractall(tmp_path)
+    path = tmp_path / "kvcompact_kernels/_C_cuda.so"
+    found = set(re.findall(r"sm_(\w+)\.cubin", run([tool, "--list-elf", path])))
+    assert found == set(setup_module_.DEFAULT_CUDA_ARCHS.split(";"))
+    assert "sm_80" in run([tool, "--list-ptx", path])  # for GPUs that came later
 
 
 @pytest.mark.slow
@@ -124,7 +172,7 @@ def test_variants_that_the_compiler_cannot_build_are_left_out(setup_module_, tmp
     assert "cannot build the avx512 variant" in capsys.readouterr().out
 
 
-def test_cuda_is_built_only_when_asked_for_or_found(setup_module_, tmp_path, monkeypatch):
+def test_cuda_is_built_where_it_is_asked_for_or_of_use(setup_module_, tmp_path, monkeypatch):
     source = [tmp_path / "kernel.cu"]
     monkeypatch.setenv("KVCOMPACT_CUDA", "0")
     assert setup_module_.find_cuda(source) is None
@@ -138,6 +186,22 @@ def test_cuda_is_built_only_when_asked_for_or_found(setup_module_, tmp_path, mon
         setup_module_.find_cuda(source)
     monkeypatch.delenv("KVCOMPACT_CUDA")
     assert setup_module_.find_cuda(source) is None
+    # Found, but unasked of no use beside a torch without CUDA.
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}' >&2\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/libcudart_static.a").touch()
+    monkeypatch.setattr(setup_module_, "torch_has_cuda", lambda: False)
+    assert setup_module_.find_cuda(source) is None
+    monkeypatch.setattr(setup_module_, "torch_has_cuda", lambda: True)
+    wanted = setup_module_.Cuda(str(nvcc), f"{tmp_path}/lib", ["80", "90a"])
+    assert setup_module_.find_cuda(source) == wanted
+    monkeypatch.setattr(setup_module_, "torch_has_cuda", lambda: False)
+    monkeypatch.setenv("KVCOMPACT_CUDA", "1")
+    assert setup_module_.find_cuda(source) == wanted
+    assert wanted.code_flags[-1] == "-gencode=arch=compute_80,code=compute_80"
 
 
 def test_isa_environment_variable():
