@@ -25,9 +25,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..backends.cpu import library
+    from ..backends.cuda import library as cuda_library
     from ..demo.model import cache_directory
 
     usable, reason = library.available()
+    cuda_usable, cuda_reason = cuda_library.available()
     result = {
         "kvcompact_kernels": __version__,
         "python": platform.python_version(),
@@ -40,6 +42,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "native_library": {"path": str(library.LIBRARY_PATH), "usable": usable, "reason": reason or None},
+        "cuda_library": {
+            "path": str(cuda_library.LIBRARY_PATH),
+            "usable": cuda_usable,
+            "reason": cuda_reason or None,
+        },
         "gpus": _gpus(),
         "backends": _backends(),
         "cache_directory": str(cache_directory()),
@@ -143,6 +150,8 @@ def _print(result: dict[str, Any]) -> None:
         )
     else:
         print(f"native:    not usable: {native['reason']}")
+    cuda = result["cuda_library"]
+    print(f"CUDA:      {cuda['path'] if cuda['usable'] else 'not usable: ' + cuda['reason']}")
     gpus = [f"{g['name']} (sm_{g['compute_capability'].replace('.', '')})" for g in result["gpus"]]
     print(f"GPU:       {', '.join(gpus) or 'none that torch can use'}")
     print(f"cache:     {result['cache_directory']}")

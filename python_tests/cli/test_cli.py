@@ -258,6 +258,7 @@ def test_doctor(capsys):
     assert code == 0
     assert result["packages"]["torch"] == torch.__version__
     assert set(result["backends"]) == {"compact_attention", "key_scores", "still_cross_attention"}
+    assert result["cuda_library"]["usable"] != bool(result["cuda_library"]["reason"])
     for cases in result["backends"].values():
         for found in cases.values():
             assert found["chosen"] and found["chosen"] not in found["others"]
