@@ -6,6 +6,7 @@ cache. A context is read once, without gradients; both answer the same questions
 the answers' tokens. Contexts are compacted in chunks whose number is drawn, so that iterative compaction is trained too.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -341,12 +342,15 @@ class StillTrainer:
         Returns:
             KL, cross-entropy and whether every scored token is the student's most likely one: fp32 ``[tails]``.
         """
-        teacher = self.read(torch.tensor([example.context for example in examples], device=self.device))
-        tails = [tail for example in examples for tail in example.tails]
-        batch = collate(tails, self.device)
+        full = self.read(torch.tensor([example.context for example in examples], device=self.device))
+        # one context after the other, for its tails share one copy of the full cache that way
+        taught = [
+            self.teach(_rows(full, [i]), collate(example.tails, self.device)) for i, example in enumerate(examples)
+        ]
+        targets = Targets(torch.cat([t.ids for t in taught]), torch.cat([t.logs for t in taught]))
         owner = [i for i, example in enumerate(examples) for _ in example.tails]
-        targets = self.teach(_rows(teacher, owner), batch)
-        return self.learn(_rows(self.compacted(teacher, chunks, ratio), owner), batch, targets, len(tails))
+        batch = collate([tail for example in examples for tail in example.tails], self.device)
+        return self.learn(_rows(self.compacted(full, chunks, ratio), owner), batch, targets, len(owner))
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> CompactCache:
@@ -417,6 +421,7 @@ class StillTrainer:
             yield
             return
         base = decoder(self.model)
+        was_on = self.model.is_gradient_checkpointing
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         # these modules alone: in training mode the attention modules inside would drop out
         outer = [base, *base.layers]
@@ -428,7 +433,8 @@ class StillTrainer:
         finally:
             for module, mode in zip(outer, modes):
                 module.training = mode
-            self.model.gradient_checkpointing_disable()
+            if not was_on:
+                self.model.gradient_checkpointing_disable()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -473,7 +479,7 @@ def parameter_groups(compactor: Any, scales: Mapping[str, float]) -> list[Parame
 
 
 def _rows(cache: CompactCache, owner: Sequence[int]) -> CompactCache:
-    """The cache with one batch element per tail; a single context serves all of them as it is."""
+    """The cache with these batch elements; a single context serves any number of tails as it is."""
     if cache.batch_size == 1:
         return cache
     index = torch.tensor(owner, device=cache.device)
@@ -485,7 +491,8 @@ def _compactor(spec, options, slots, config, start, seed) -> StillCompactor:
     if start is not None:
         if slots is not None or config:
             raise ValueError("slots and config must be left out with start: it has its own")
-        made = start if isinstance(start, torch.nn.Module) else StillCompactor.load(start)
+        # a copy: the caller's own stays as it is
+        made = copy.deepcopy(start) if isinstance(start, torch.nn.Module) else StillCompactor.load(start)
         made.check_model(spec, "start")
         made.float().requires_grad_(True)
         return made
