@@ -24,7 +24,7 @@ namespace gpu {
 constexpr float kInfinity = __builtin_huge_valf();
 
 KVC_DEVICE int thread_index() { return threadIdx.x; }
-KVC_DEVICE int64_t block_index() { return blockIdx.x; }
+KVC_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 KVC_DEVICE void sync_block() { __syncthreads(); }
 KVC_DEVICE void sync_warp() { __syncwarp(); }
 KVC_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }

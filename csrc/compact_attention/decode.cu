@@ -26,8 +26,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// A split shorter than this spends more on its start, its partial result and the merge than on its keys.
-constexpr int64_t kLeastKeysPerSplit = 256;
+// Two tiles of 16 keys a warp: all copies of a shorter block are in flight at once, so splitting it further gains nothing.
+constexpr int64_t kLeastKeysPerSplit = 2 * kvc::kDecodeWarps * kvc::kTileKeys;
 constexpr int64_t kMostSplits = 128;
 constexpr int64_t kMostKeys = (int64_t{1} << 31) - 64;
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 64;
@@ -59,6 +59,7 @@ int64_t step(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.str
 struct Block {
   DecodeSegment segment;
   int64_t mean_keys;  // of a head, rounded up
+  int64_t most_keys;
   bool shared;
 };
 
@@ -100,8 +101,7 @@ Block make_block(
   STD_TORCH_CHECK(
       block_batch == batch || block_batch == 1, "compact_attention_decode: keys", index, " must have batch size 1 or ",
       batch, ", got ", block_batch);
-  STD_TORCH_CHECK(
-      keys.size(offsets ? 0 : 2) <= kMostKeys, "compact_attention_decode: keys", index, " has too many slots");
+  block.most_keys = keys.size(offsets ? 0 : 2);
   s.keys = keys.const_data_ptr();
   s.values = values.const_data_ptr();
   s.beta = beta ? static_cast<const float*>(beta->const_data_ptr()) : nullptr;
@@ -178,11 +178,13 @@ std::tuple<Tensor, Tensor> compact_attention_decode(
     blocks.push_back(make_block(query, keys[i], values[i], betas[i], offsets[i], num_kv_heads, index));
   }
   const int64_t tail_length = tail_keys ? tail_keys->size(2) : 0;
+  int64_t most_keys = tail_length + query_len;
+  for (const Block& block : blocks) most_keys += block.most_keys;
+  STD_TORCH_CHECK(most_keys <= kMostKeys, "compact_attention_decode: there are too many keys, ", most_keys);
   if (tail_keys) {
     check(*tail_keys, query, "tail_keys", {batch, num_kv_heads, -1, head_dim});
     check(*tail_values, query, "tail_values", {batch, num_kv_heads, tail_length, head_dim});
     if (tail_mask) check_plain(*tail_mask, query, "tail_mask", ScalarType::Bool, {batch, tail_length});
-    STD_TORCH_CHECK(tail_length + query_len <= kMostKeys, "compact_attention_decode: tail_keys is too long");
   }
 
   Tensor out = torch::stable::new_empty(query, {batch, heads, query_len, head_dim});

@@ -107,19 +107,19 @@ struct Task {
 
 KVC_DEVICE Task find_task(const Decode& p) {
   Task t;
-  int64_t block = gpu::block_index();
-  const int64_t shared_blocks = static_cast<int64_t>(p.kv_heads) * p.shared_splits * p.shared_tiles;
+  int32_t block = gpu::block_index();
+  const int32_t shared_blocks = p.kv_heads * p.shared_splits * p.shared_tiles;
   t.stacked = block < shared_blocks;
   if (!t.stacked) block -= shared_blocks;
   const int32_t tiles = t.stacked ? p.shared_tiles : p.own_tiles;
   t.splits = t.stacked ? p.shared_splits : p.own_splits;
   // Tiles of rows that read the same keys are neighbours: all but the first find them in L2.
-  t.first_row = static_cast<int32_t>(block % tiles) * kTileRows;
+  t.first_row = block % tiles * kTileRows;
   block /= tiles;
-  t.split = static_cast<int32_t>(block % t.splits);
+  t.split = block % t.splits;
   block /= t.splits;
-  t.kv_head = static_cast<int32_t>(block % p.kv_heads);
-  t.request = static_cast<int32_t>(block / p.kv_heads);
+  t.kv_head = block % p.kv_heads;
+  t.request = block / p.kv_heads;
   t.rows = p.query_len * p.group * (t.stacked ? p.batch : 1);
   t.part = t.stacked ? p.own_splits + t.split : t.split;
   t.first_segment = t.stacked ? p.own_segments : 0;
@@ -169,51 +169,61 @@ KVC_DEVICE Extent extent(const Decode& p, const Task& t, int32_t segment, Range 
 template <class T, int kDim>
 class Loader {
  public:
-  KVC_DEVICE Loader(const Decode& p, const Task& t, Range tail, int32_t tile, int32_t end)
-      : p_(p), t_(t), tail_(tail), tile_(tile), end_(end), segment_(t.first_segment), first_tile_(0) {
+  KVC_DEVICE Loader(const Decode& p, const Task& t, Range tail, int32_t tile, int32_t end, int lane)
+      : p_(p), t_(t), tail_(tail), lane_(lane), tile_(tile), end_(end), segment_(t.first_segment), first_tile_(0) {
     if (tile_ < end_) open();
   }
 
-  // Starts the copies of the next tile into `stage` and closes their group, an empty one after the last tile.
-  KVC_DEVICE void load(char* stage, int lane) {
+  // Starts the copies of the next tile into `stage`; after the last tile, none.
+  KVC_DEVICE void load(char* stage) {
     using Shared = DecodeShared<kDim>;
-    if (tile_ < end_) {
-      while (tile_ >= last_tile_) {
-        first_tile_ = last_tile_;
-        ++segment_;
-        open();
-      }
-      const int32_t first = begin_ + (tile_ - first_tile_) * kTileKeys;
-      const int32_t count = least(key_end_ - first, kTileKeys);
-      uint32_t valid = (1u << count) - 1;
-      if (mask_ != nullptr) {
-        valid = gpu::ballot(lane < count && mask_[(first + static_cast<int64_t>(lane)) * p_.mask_strides[1]] != 0);
-      }
-      constexpr int kChunks = kDim / 8;  // of 16 bytes, in a row
-#pragma unroll
-      for (int i = 0; i < kTileKeys * kChunks / 32; ++i) {
-        const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-        const bool ok = valid >> row & 1;
-        const int64_t key = ok ? first + row : begin_;  // never used, but an address that exists
-        copy(stage + row * Shared::kRow + chunk * 16, keys_ + key * key_stride_ + chunk * 8, ok);
-        copy(stage + Shared::kTile + row * Shared::kRow + chunk * 16, values_ + key * value_stride_ + chunk * 8, ok);
-      }
-      if (lane < kTileKeys) {
-        float* bias = reinterpret_cast<float*>(stage + 2 * Shared::kTile) + lane;
-        const bool ok = valid >> lane & 1;
-        if (ok && beta_ != nullptr) {
-          gpu::copy_async_4(bias, beta_ + (first + static_cast<int64_t>(lane)) * beta_stride_);
-        } else {
-          *bias = ok ? 0.0f : -gpu::kInfinity;
-        }
-      }
-      tile_ += kDecodeWarps;
+    if (tile_ >= end_) return;
+    while (tile_ >= last_tile_) {
+      first_tile_ = last_tile_;
+      ++segment_;
+      open();
     }
-    gpu::copy_commit();
+    const int32_t first = begin_ + (tile_ - first_tile_) * kTileKeys;
+    const int32_t count = least(key_end_ - first, kTileKeys);
+    uint32_t valid = (1u << count) - 1;
+    if (mask_ != nullptr) {
+      valid = gpu::ballot(lane_ < count && mask_[(first + static_cast<int64_t>(lane_)) * p_.mask_strides[1]] != 0);
+    }
+    // Where a key is not valid the address may lie past the end; nothing is read there.
+    const int row = lane_ / kLanes, chunk = lane_ % kLanes;
+    const T* keys = keys_ + first * key_stride_;
+    const T* values = values_ + first * value_stride_;
+    char* to = stage + row * Shared::kRow + chunk * 16;
+    const uint32_t lane_valid = valid >> row;
+#pragma unroll
+    for (int i = 0; i < kTileKeys; i += kRows) {
+      const bool ok = lane_valid >> i & 1;
+#pragma unroll
+      for (int j = 0; j < kChunks; j += kLanes) {
+        gpu::copy_async_16(to + i * Shared::kRow + j * 16, keys + j * 8, ok);
+        gpu::copy_async_16(to + Shared::kTile + i * Shared::kRow + j * 16, values + j * 8, ok);
+      }
+      keys += kRows * key_stride_;
+      values += kRows * value_stride_;
+    }
+    if (lane_ < kTileKeys) {
+      float* bias = reinterpret_cast<float*>(stage + 2 * Shared::kTile) + lane_;
+      const bool ok = valid >> lane_ & 1;
+      if (ok && beta_ != nullptr) {
+        gpu::copy_async_4(bias, beta_ + (first + static_cast<int64_t>(lane_)) * beta_stride_);
+      } else {
+        *bias = ok ? 0.0f : -gpu::kInfinity;
+      }
+    }
+    tile_ += kDecodeWarps;
   }
 
  private:
-  KVC_DEVICE static void copy(char* to, const T* from, bool ok) { gpu::copy_async_16(to, from, ok); }
+  // Of a tile's 16-byte chunks a warp copies kRows rows of kLanes chunks at once.
+  static constexpr int kChunks = kDim / 8;
+  static constexpr int kLanes = kChunks % 8 == 0 ? kChunks : 4;
+  static constexpr int kRows = 32 / kLanes;
+  static_assert(kChunks % kLanes == 0 && kTileKeys % kRows == 0 && kLanes <= 32, "copies fill the tile");
 
   KVC_DEVICE void open() {
     const DecodeSegment& s = p_.segments[segment_];
@@ -224,8 +234,10 @@ class Loader {
     key_stride_ = s.key_strides[2];
     value_stride_ = s.value_strides[2];
     beta_stride_ = s.beta_strides[2];
-    keys_ = static_cast<const T*>(s.keys) + at(s.key_strides, e.row);
-    values_ = static_cast<const T*>(s.values) + at(s.value_strides, e.row);
+    const int64_t row = e.row + lane_ / kLanes;
+    const int column = lane_ % kLanes * 8;
+    keys_ = static_cast<const T*>(s.keys) + at(s.key_strides, row) + column;
+    values_ = static_cast<const T*>(s.values) + at(s.value_strides, row) + column;
     beta_ = s.beta == nullptr ? nullptr : s.beta + at(s.beta_strides, e.row);
     const bool is_tail = p_.has_tail && segment_ == p_.own_segments - 1;
     mask_ = is_tail && p_.tail_mask != nullptr ? p_.tail_mask + t_.request * p_.mask_strides[0] : nullptr;
@@ -238,6 +250,7 @@ class Loader {
   const Decode& p_;
   const Task& t_;
   const Range tail_;
+  const int lane_;
   int32_t tile_, end_, segment_, first_tile_, last_tile_, begin_, key_end_;
   const T* keys_;
   const T* values_;
@@ -306,10 +319,16 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
   const int32_t begin = least(t.split * share, slot_tiles + tail_tiles);
   const int32_t end = least(begin + share, slot_tiles + tail_tiles);
 
-  load_queries<T, kDim>(p, t, queries);  // the first group of copies has them, and the first tile
-  Loader<T, kDim> loader(p, t, tail, begin + warp, end);
+  // The first group of copies has the first tile and the queries.
+  Loader<T, kDim> loader(p, t, tail, begin + warp, end, lane);
+  loader.load(pipeline);
+  load_queries<T, kDim>(p, t, queries);
+  gpu::copy_commit();
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) loader.load(pipeline + stage * Shared::kStage, lane);
+  for (int stage = 1; stage < kStages; ++stage) {
+    loader.load(pipeline + stage * Shared::kStage);
+    gpu::copy_commit();
+  }
   gpu::copy_wait<kStages - 1>();
   gpu::sync_block();
 
@@ -326,7 +345,7 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
   for (int i = 0; i < 2; ++i) {
     const int32_t own = p.tail_length - p.query_len + (t.first_row + lane / 4 + i * 8) / p.group;
     upper[i] = p.causal ? own : kNever;
-    lower[i] = p.window < 0 ? -1 : own - p.window;
+    lower[i] = p.window < 0 ? -1 : greatest(own - p.window, -1);
   }
   float sums[kDim / 8][4];
 #pragma unroll
@@ -359,15 +378,17 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
 
     const float* bias = reinterpret_cast<const float*>(stage + 2 * Shared::kTile);
     const bool in_tail = tile >= slot_tiles;
-    const int32_t first = in_tail ? tail.begin + (tile - slot_tiles) * kTileKeys : 0;
+    const int32_t first = tail.begin + (tile - slot_tiles) * kTileKeys;
+    const int32_t after[2] = {in_tail ? lower[0] - first : -1, in_tail ? lower[1] - first : -1};
+    const int32_t upto[2] = {in_tail ? upper[0] - first : kNever, in_tail ? upper[1] - first : kNever};
     float peak[2] = {maximum[0], maximum[1]};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int column = j * 8 + lane % 4 * 2 + e % 2, row = e / 2;
-        float x = s.x[j][e] * p.scale_log2 + bias[column] * kLog2E;
-        if (in_tail && !(first + column <= upper[row] && first + column > lower[row])) x = -gpu::kInfinity;
+        const bool seen = column <= upto[row] && column > after[row];
+        const float x = seen ? s.x[j][e] * p.scale_log2 + bias[column] * kLog2E : -gpu::kInfinity;
         s.x[j][e] = x;
         peak[row] = gpu::greater(peak[row], x);
       }
@@ -411,7 +432,8 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
       gpu::multiply_add<T>(sums[2 * i + 1], probabilities, value[2], value[3]);
     }
     gpu::sync_warp();  // all lanes have read the stage
-    loader.load(stage, lane);
+    loader.load(stage);
+    gpu::copy_commit();  // also after the last tile: groups are counted
     stage_index = stage_index + 1 == kStages ? 0 : stage_index + 1;
   }
 

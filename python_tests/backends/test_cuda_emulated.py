@@ -121,7 +121,7 @@ def test_one_launch_or_two(decode, emulation):
 
 def test_the_plan_splits_long_blocks_only(decode, emulation):
     emulation.kvc_emulation_multiprocessors(132)
-    for slots, launches in ((500, 1), (600, 2)):
+    for slots, launches in ((250, 1), (300, 2)):
         args = inputs(batch=1, kv_heads=1, blocks=((None, slots),), tail=1)
         before = emulation.kvc_emulation_launches()
         check_forward(decode(*args), args)

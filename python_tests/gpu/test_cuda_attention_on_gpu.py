@@ -131,7 +131,7 @@ def test_memory_is_the_outputs_and_one_workspace():
     before = torch.cuda.memory_allocated()
     out, lse = backend.run(*args)
     torch.cuda.synchronize()
-    most_splits = 16001 // 256
+    most_splits = 128
     allowed = out.nbytes + lse.nbytes + most_splits * lse.numel() * (out.shape[-1] + 2) * 4
     assert torch.cuda.max_memory_allocated() - before <= allowed + 3 * 512  # the allocator rounds to 512 bytes
 

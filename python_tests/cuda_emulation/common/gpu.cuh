@@ -303,7 +303,7 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 inline emulation::Block& block() { return emulation::Block::current(); }
 inline int thread_index() { return block().self().index; }
-inline int64_t block_index() { return block().block_index; }
+inline int block_index() { return static_cast<int>(block().block_index); }
 inline char* shared_memory() { return block().shared; }
 inline void sync_block() { block().sync_block(); }
 inline void sync_warp() { block().sync_warp(); }
