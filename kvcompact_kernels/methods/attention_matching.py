@@ -84,19 +84,43 @@ class AttentionMatching(Method):
             )
         else:
             indices = top_tokens(scores, slots, first=sinks)
-        keys, values = gather_tokens(layer.keys, indices), gather_tokens(layer.values, indices)
-        beta = matching.match_mass(
-            *matching.mass_equations(queries, keys, lse, layer.scale), self.mass_ridge, self.beta_limit
-        )
-        gram, rhs = matching.value_equations(queries, keys, beta, outputs, layer.scale)
-        values = matching.match_values(gram, rhs, values, self.value_ridge)
-        return CompactBlock(keys, values, beta)
+        return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
 
     def _reference_queries(self, layer: LayerInput) -> Tensor:
-        queries = layer.queries
         if self.queries == "prefill":
-            queries = queries[:, :, -layer.num_tokens :]
-            there = layer.positions[-queries.shape[2] :]
-            behind = (there[-1:] + 1).expand_as(there)
-            queries = layer.rope.rotate(layer.rope.unrotate(queries, there), behind)
-        return matching.reference_queries(queries, layer.keys.shape[1], self.max_queries)
+            return queries_from_behind(layer, self.max_queries)
+        return matching.reference_queries(layer.queries, layer.keys.shape[1], self.max_queries)
+
+
+def queries_from_behind(layer: LayerInput, limit: int | None) -> Tensor:
+    """The context's own queries, moved to the position right behind it, from where they see every key.
+
+    Returns:
+        ``[B, Hkv, R, d]``, at most ``limit`` per KV head.
+    """
+    queries = layer.queries[:, :, -layer.num_tokens :]
+    there = layer.positions[-queries.shape[2] :]
+    behind = (there[-1:] + 1).expand_as(there)
+    queries = layer.rope.rotate(layer.rope.unrotate(queries, there), behind)
+    return matching.reference_queries(queries, layer.keys.shape[1], limit)
+
+
+def fit_slots(
+    layer: LayerInput,
+    queries: Tensor,
+    outputs: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    mass_ridge: float,
+    value_ridge: float,
+    beta_limit: float,
+) -> CompactBlock:
+    """The block of the tokens ``indices [B, Hkv, t]``: their keys, with the biases and values that match the cache best.
+
+    ``queries``, ``outputs`` and ``lse`` are the reference queries and what ``matching.full_attention`` says of them; the
+    other arguments are :class:`AttentionMatching`'s.
+    """
+    keys, values = gather_tokens(layer.keys, indices), gather_tokens(layer.values, indices)
+    beta = matching.match_mass(*matching.mass_equations(queries, keys, lse, layer.scale), mass_ridge, beta_limit)
+    gram, rhs = matching.value_equations(queries, keys, beta, outputs, layer.scale)
+    return CompactBlock(keys, matching.match_values(gram, rhs, values, value_ridge), beta)

@@ -3,7 +3,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
-from ..cache import CompactBlock, load_safetensors, save_safetensors
-from ..model_spec import ModelSpec, fingerprint_differences
+from ..cache import CompactBlock, load_safetensors, safetensors_formats, save_safetensors
+from ..model_spec import ModelSpec, check_trained_for
 from ..ops.still_compaction import still_compaction
+from ..reference import matching
+from ..reference.selection import top_tokens
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
-from ._selection import check_layer
+from ..token_selector import FORMAT as SELECTOR_FORMAT
+from ..token_selector import TokenSelector
+from ._selection import check_layer, check_share, leading_sinks, whole_layer
+from .attention_matching import fit_slots, queries_from_behind
 from .base import LayerInput, Method, register_method
 
 FORMAT = "kvcompact-still"
 FORMAT_VERSION = 1
+IDENTITY = "identity"
+WEIGHTS = Path(__file__).parent.parent / "weights"
+_MAX_QUERIES, _BETA_LIMIT = 8192, 7.0
 
 
 class StillCompactor(nn.Module):
@@ -109,44 +117,49 @@ class StillCompactor(nn.Module):
 
     def check_model(self, spec: ModelSpec, where: str = "the compactor", check_weights: bool = True) -> None:
         """Raises ValueError unless these are parameters for the model of ``spec``."""
-        found, wanted = dict(self.fingerprint), dict(spec.fingerprint)
-        if not check_weights:
-            found.pop("weights", None)
-            wanted.pop("weights", None)
-        different = fingerprint_differences(found, wanted)
-        compacted = spec.layer_kinds.count("full")
-        if compacted != len(self.layers):
-            different.append(f"it has {len(self.layers)} layers, the model {compacted} to compact")
-        if different:
-            raise ValueError(f"{where} was trained for another model: {'; '.join(different)}")
+        check_trained_for(spec, self.fingerprint, len(self.layers), where, check_weights)
 
 
 @register_method
 @dataclass
 class Still(Method):
-    """STILL (arXiv 2606.07878): latents attend to a layer's tokens and become its slots, with a trained network.
+    """STILL (arXiv 2606.07878): small networks, trained once against the frozen model, turn a layer's tokens into slots.
 
-    Without ``weights`` the network is at its identity-style initialisation, in which each slot averages the tokens nearest
-    to it: a starting point for training and a check of the machinery, not a good compactor.
+    What a file of weights holds decides how:
+
+    - a :class:`~kvcompact_kernels.token_selector.TokenSelector` (``kvcompact train selector``) says which tokens later text
+      and later questions will attend to. Their keys are kept; biases and values are fitted to the context's own queries as
+      ``attention_matching`` does. One file serves any number of slots and any length.
+    - a :class:`StillCompactor` (``kvcompact train still``) is the paper's Perceiver: latents attend to the tokens and become
+      the slots. A file fixes their number.
 
     Attributes:
-        weights: file that ``StillCompactor.save`` wrote; None is the identity initialisation. A file fixes the number of
-            slots (per chunk).
+        weights: file that ``TokenSelector.save`` or ``StillCompactor.save`` wrote. None takes the selector that comes with
+            the package where there is one for the model (SmolLM2-135M-Instruct), else "identity": a Perceiver at its
+            identity-style initialisation, in which each slot averages the tokens nearest to it, a starting point for
+            training and a check of the machinery.
         chunk: compact chunks of about so many tokens by themselves, each to its share of the slots (the iterative mode);
             None takes the context at once.
         config: fields of ``StillConfig`` for the identity initialisation, except slots, head_dim and num_kv_heads. Unlike
             there, ``sink`` is 1 unless given: the first token of each chunk stays exact, for losing it is ruinous.
-        check_weights: False accepts weights trained for a fine-tuned sibling of the model.
+        check_weights: False accepts weights trained for a fine-tuned sibling of the model. Those of the package are for all
+            models of the same shape and rotation.
+        sinks: with a selector: first tokens of the context that are kept in any case.
+        mass_ridge, value_ridge: with a selector: as for ``attention_matching``. Larger here: what a question will look at
+            gets little attention while the context is read, and its values should stay as they are.
     """
 
     name = "still"
-    summary = "a network per layer makes the slots in one pass; without weights=FILE it is untrained (identity start)"
-    source = "STILL, arXiv 2606.07878"
+    summary = "trained networks choose tokens (or make slots) in one pass; comes with weights for the demo's model"
+    source = "STILL, arXiv 2606.07878; slots from selected tokens, fitted as in arXiv 2602.16284"
 
     weights: str | None = None
     chunk: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     check_weights: bool = True
+    sinks: int = 4
+    mass_ridge: float = 1e-2
+    value_ridge: float = 2e-2
 
     def __post_init__(self):
         if self.chunk is not None:
@@ -155,12 +168,15 @@ class Still(Method):
             raise TypeError(f"config must be a dict of StillConfig fields, got {type(self.config).__name__}")
         if not isinstance(self.check_weights, bool):
             raise TypeError(f"check_weights must be a bool, got {type(self.check_weights).__name__}")
-        self._trained: StillCompactor | None = None
+        check_int("sinks", self.sinks, minimum=0)
+        self.mass_ridge = check_share("mass_ridge", self.mass_ridge, minimum=1e-8)
+        self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
+        self._trained: StillCompactor | TokenSelector | None = None
         self._untrained: dict[StillConfig, dict[str, Tensor]] = {}
-        if self.weights is not None:
+        if self.weights not in (None, IDENTITY):
             if self.config:
                 raise ValueError("config must be left out with weights: the file holds its own")
-            self._trained = StillCompactor.load(self.weights).requires_grad_(False)
+            self._trained = load_weights(self.weights).requires_grad_(False)
         else:
             fixed = {"slots", "head_dim", "num_kv_heads"} & self.config.keys()
             if fixed:
@@ -175,12 +191,24 @@ class Still(Method):
         return StillConfig(slots=slots, head_dim=head_dim, num_kv_heads=num_kv_heads, **options)
 
     @property
+    def queries_needed(self) -> int:
+        return -1 if isinstance(self._trained, TokenSelector) else 0
+
+    @property
     def min_slots(self) -> int:
+        if isinstance(self._trained, TokenSelector):
+            return self.sinks + 1
         return 1 if self._trained is not None else self.config.get("sink", 1) + 1
 
     def prepare(self, spec: ModelSpec) -> None:
-        """Raises ValueError when the weights were trained for another model."""
-        if self._trained is not None:
+        """Takes the package's weights for the model where none were named.
+
+        Raises:
+            ValueError: the weights were trained for another model.
+        """
+        if self.weights is None and not self.config:
+            self._trained = packaged_selector(spec)
+        elif self._trained is not None:
             self._trained.check_model(spec, f"weights {self.weights}", self.check_weights)
 
     def _chunks(self, num_tokens: int) -> list[int]:
@@ -189,8 +217,8 @@ class Still(Method):
         return [num_tokens * (i + 1) // count for i in range(count)]
 
     def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
-        """The same for every layer; trained weights make a fixed number of slots, and raise ValueError for another."""
-        if self._trained is not None:
+        """The same for every layer; a trained Perceiver makes a fixed number of slots, and raises ValueError for another."""
+        if isinstance(self._trained, StillCompactor):
             made = self._trained.config.slots * len(self._chunks(num_tokens))
             if slots != made:
                 raise ValueError(
@@ -206,9 +234,29 @@ class Still(Method):
         blocks, start, used = [], 0, 0
         for end in self._chunks(layer.num_tokens):
             share = slots * end // layer.num_tokens - used
-            blocks.append(self._compact_chunk(layer, start, end, share))
+            if isinstance(self._trained, TokenSelector):
+                blocks.append(self._select(_part(layer, start, end), share))
+            else:
+                blocks.append(self._compact_chunk(layer, start, end, share))
             start, used = end, used + share
         return CompactBlock.cat(blocks)
+
+    def _select(self, layer: LayerInput, slots: int) -> CompactBlock:
+        if slots == layer.num_tokens:
+            return whole_layer(layer)
+        sinks = leading_sinks(layer, self.sinks)
+        if slots <= sinks:
+            raise ValueError(
+                f"slots: a chunk of {layer.num_tokens} tokens gets {slots}, but needs {sinks + 1}; "
+                "ask for more slots or larger chunks"
+            )
+        selector = self._trained.to(layer.keys.device)
+        queries = queries_from_behind(layer, _MAX_QUERIES)
+        outputs, lse, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
+        keys = layer.rope.unrotate(layer.keys, layer.positions)
+        scores = selector.scores(layer.layer_idx, keys, layer.values, attention)
+        indices = top_tokens(scores, slots, first=sinks)
+        return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, _BETA_LIMIT)
 
     def _compact_chunk(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
         keys, values = layer.keys[:, :, start:end], layer.values[:, :, start:end]
@@ -226,3 +274,36 @@ class Still(Method):
                 self._untrained[config] = init_still_parameters(config, torch.Generator().manual_seed(0))
             params = {name: p.to(keys.device) for name, p in self._untrained[config].items()}
         return CompactBlock(*still_compaction(keys, values, params, config, layer.rope, layer.positions[start:end]))
+
+
+def _part(layer: LayerInput, start: int, end: int) -> LayerInput:
+    """The tokens ``start`` to ``end`` of a layer, as if they were all."""
+    if end - start == layer.num_tokens:
+        return layer
+    cut = {name: getattr(layer, name)[:, :, start:end] for name in ("keys", "values")}
+    queries = layer.queries[:, :, layer.queries.shape[2] - layer.num_tokens :][:, :, start:end]
+    return replace(layer, **cut, queries=queries, positions=layer.positions[start:end])
+
+
+def load_weights(path: str | os.PathLike) -> StillCompactor | TokenSelector:
+    """What a file of weights for :class:`Still` holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or neither a compactor nor a selector.
+    """
+    if SELECTOR_FORMAT in safetensors_formats(path):
+        return TokenSelector.load(path)
+    return StillCompactor.load(path)
+
+
+def packaged_selector(spec: ModelSpec) -> TokenSelector | None:
+    """The selector that comes with the package for models of this shape and rotation, or None."""
+    for path in sorted(WEIGHTS.glob("*.safetensors")):
+        selector = TokenSelector.load(path)
+        try:
+            selector.check_model(spec, check_weights=False)
+        except ValueError:
+            continue
+        return selector.requires_grad_(False)
+    return None

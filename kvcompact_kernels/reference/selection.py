@@ -6,6 +6,8 @@ query heads of a group are summed there). Indices are int64 ``[..., slots]``, as
 keeps the same number of tokens. Of equal scores the earlier token wins.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
@@ -235,3 +237,61 @@ def expected_attention_scores(
     logits = logits + scale**2 / 2 * ((k @ covariance.to(wide)) * k).sum(-1)
     attention = logits.softmax(-1).reshape(batch, keys.shape[1], groups, -1).mean(2)
     return (attention + epsilon) * values.to(wide).norm(dim=-1)
+
+
+def collision_probability(cosine: Tensor, bits: int, tables: int) -> Tensor:
+    """MagicPIG (arXiv 2410.16179): how probable it is that two vectors share a hash in at least two of ``tables`` tables.
+
+    A hash of a table is ``bits`` signs of random projections (SimHash): one sign agrees with probability
+    ``p = 1 - angle / pi``, a table with ``p^bits``.
+
+    Args:
+        cosine: of the angle between the vectors, any shape.
+    """
+    table = (1 - cosine.clamp(-1, 1).acos() / math.pi) ** bits
+    # log1p and expm1, for a table's probability may be far below the rounding of 1
+    none = tables * torch.log1p(-table.clamp(max=1 - torch.finfo(table.dtype).eps))
+    one = tables * table * ((tables - 1) / tables * none).exp()
+    return (-torch.expm1(none) - one).clamp(0, 1)
+
+
+def inclusion_probability(scores: Tensor, slots: int, first: int = 0, last: int = 0) -> Tensor:
+    """Probabilities ``[..., T]`` in (0, 1], proportional to scores where below 1, whose sum is ``slots``.
+
+    Args:
+        scores: ``[..., T]``, not negative; raised to 1e-6 of the row's mean, so that no token is impossible.
+        first, last: tokens at the ends that are certain.
+    """
+    tokens = scores.shape[-1]
+    if first < 0 or last < 0 or not first + last <= slots <= tokens:
+        raise ValueError(f"slots must be in [{first + last}, {tokens}], got {slots}")
+    scores = scores.double()
+    if not (scores.isfinite().all() and (scores >= 0).all()):
+        raise ValueError("scores must be finite and not negative")
+    scores = scores + (1e-6 * scores.mean(-1, keepdim=True)).clamp_min(1e-12)
+    place = torch.arange(tokens, device=scores.device)
+    certain = ((place < first) | (place >= tokens - last)).expand(scores.shape).clone()
+    while True:
+        left = slots - certain.sum(-1, keepdim=True)
+        shared = scores.masked_fill(certain, 0.0)
+        share = left * shared / shared.sum(-1, keepdim=True).clamp_min(1e-300)
+        more = ~certain & (share >= 1)
+        if not more.any():
+            return share.masked_fill(certain, 1.0)
+        certain |= more
+
+
+def systematic_sample(probability: Tensor, seed: int) -> Tensor:
+    """Ascending indices ``[..., slots]``: token i is among them with ``probability[..., i]``; ``slots`` is their sum.
+
+    One draw for each row (systematic sampling): every whole number that the running sum passes picks a token.
+    """
+    running = probability.double().cumsum(-1)
+    slots = int(running[..., -1].flatten()[0].round())
+    if not (running[..., -1] - slots).abs().lt(1e-6).all():
+        raise ValueError("the probabilities of every row must have the same whole number as their sum")
+    running[..., -1] = slots
+    start = torch.rand(running.shape[:-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ticks = (running + start[..., None].to(running.device)).floor()
+    before = torch.cat([torch.zeros_like(ticks[..., :1]), ticks[..., :-1]], -1)
+    return (ticks > before).nonzero()[:, -1].reshape(*running.shape[:-1], slots)

@@ -7,9 +7,19 @@ from test_selection_methods import make_layer
 from tiny_models import tiny_ids, tiny_model
 
 from kvcompact_kernels import patch_model
-from kvcompact_kernels.methods import get_method
+from kvcompact_kernels.methods import get_method, list_methods
 
-NAMES = ["random", "uniform", "scissorhands", "finch", "zsmerge", "expected_attention", "adakv"]
+NAMES = [
+    "random",
+    "uniform",
+    "scissorhands",
+    "finch",
+    "zsmerge",
+    "expected_attention",
+    "adakv",
+    "magicpig",
+    "compose",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,11 +81,13 @@ def test_sinks_are_those_of_the_context_and_not_of_a_later_part(name):
     assert not all(has_the_first_tokens(later))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compacts_a_running_conversation(name):
+@pytest.mark.parametrize("name", sorted(set(list_methods()) - {"full"}))
+def test_every_method_compacts_a_running_conversation(name):
     model = patch_model(tiny_model(dtype=torch.float32), name, ratio=2, compact_over=24)
     out = model.generate(tiny_ids(1, 60), max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
     session = out.past_key_values
     assert out.sequences.shape == (1, 90) and session.context_length >= 60 + 24
     held = [int(layer.block.slot_counts.sum()) for layer in session.layers]
+    if name == "pyramidkv":  # layers hold unequal numbers
+        held = [sum(held) / len(held)]
     assert all(2 * 0.4 * session.context_length < slots < 2 * 0.6 * session.context_length for slots in held)
