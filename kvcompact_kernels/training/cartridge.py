@@ -329,7 +329,8 @@ class _Task:
             alone[name] = self._held_out(which, cache)
             if self.config.distractors:
                 beside = self._beside(which, random.Random(stable_number(self.seed, which, "held-out")))
-                composed.append(self._held_out(which, self._compose([cache, beside])))
+                if beside is not None:
+                    composed.append(self._held_out(which, self._compose([cache, beside])))
         figures = {"kl": sum(alone.values()) / len(alone)}
         if len(alone) > 1:
             figures |= {f"kl_{name}": value for name, value in alone.items()}
@@ -355,9 +356,11 @@ class _Task:
         hidden = hidden_states(self.model, ids, session, rows)
         return distillation_loss(self.model, hidden, targets, rest=self.config.rest)
 
-    def _beside(self, which: int, draw: random.Random) -> CompactCache:
-        """Another cartridge of this group, which is trained along, or one of the files."""
+    def _beside(self, which: int, draw: random.Random) -> CompactCache | None:
+        """Another cartridge of this group, which is trained along, or one of the files; None while there is no other."""
         others = [i for i in range(len(self.cartridges)) if i != which]
+        if not others and not self.files:
+            return None
         chosen = draw.randrange(len(others) + len(self.files))
         if chosen < len(others):
             return self.cartridges[others[chosen]].to_cache(dtype=self.model.dtype)

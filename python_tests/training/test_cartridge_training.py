@@ -288,6 +288,18 @@ def test_a_given_file_and_a_memory_limit(model, tokenizer, tmp_path, run_folder)
     assert [m.name for m in made] == ["one", "two", "three"] and [m.steps for m in made] == [8, 8, 4]
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["one.kvc", "three.kvc", "two.kvc"]
     assert (run_folder / "folder" / "group-2" / "checkpoint.json").is_file()
+    # one at a time: the first has nothing beside it, the second the first's file
+    made = fit(
+        model,
+        tokenizer,
+        tmp_path / "turns",
+        run_folder / "turns",
+        {"one": TEXT, "two": OTHER},
+        replace(CONFIG, distractors=1.0),
+        loop=replace(LOOP, steps=2),
+        memory_bytes=one,
+    )
+    assert ["kl_composed" in m.evaluation for m in made] == [False, True]
     with pytest.raises(ValueError, match=f"memory_bytes must be at least the {one}"):
         fit(model, tokenizer, tmp_path / "f", run_folder, texts, memory_bytes=one - 1)
     another = tmp_path / "another.kvc"
