@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=4, help="micro-steps of an optimizer step (4)")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="run student and teacher in it")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    parser.add_argument(
+        "--data-cache", metavar="FOLDER", help="for prepared data, to share between runs (default: the run's folder)"
+    )
     add_loop_arguments(parser, steps=1000, lr=3e-4, warmup=100)
 
 
@@ -92,6 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 config=config,
                 start=args.start,
                 run_folder=args.run_folder,
+                data_cache=args.data_cache,
                 progress=not args.quiet,
             )
     except TrainingInterrupted as stop:

@@ -165,6 +165,7 @@ def train_still(
     config: Mapping[str, Any] | None = None,
     start: StillCompactor | str | Path | None = None,
     run_folder: str | Path | None = None,
+    data_cache: str | Path | None = None,
     progress: bool = False,
 ) -> StillResult:
     """Trains a compactor for a model, or goes on with the training that ``run_folder`` holds.
@@ -182,7 +183,8 @@ def train_still(
             the largest ratio's chunk still fits into it.
         config: other fields of ``StillConfig`` for a new compactor; ``sink`` is 1 unless given.
         start: a compactor, or the file of one, whose parameters are the start (then neither ``slots`` nor ``config``).
-        run_folder: for checkpoints, log and prepared data; default is ``out`` with ``.run`` behind it.
+        run_folder: for checkpoints and log; default is ``out`` with ``.run`` behind it.
+        data_cache: folder for tokens and written questions, which several runs may share; default is ``run_folder``.
         progress: show progress bars.
 
     Returns:
@@ -206,10 +208,12 @@ def train_still(
     if out.is_dir() or not out.parent.is_dir():
         raise OSError(f"out: {out} is a folder" if out.is_dir() else f"out: the folder {out.parent} does not exist")
     folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    cache = folder if data_cache is None else Path(data_cache)
+    for needed in (folder, cache):
+        needed.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     texts = read_texts(data)
-    corpus = Corpus(texts, tokenizer, spec.fingerprint["vocab_size"], options.held_out, folder, progress)
+    corpus = Corpus(texts, tokenizer, spec.fingerprint["vocab_size"], options.held_out, cache, progress)
     if tokenizer is None and any(options.mix.get(kind, 0) for kind in ("facts", "questions")):
         raise ValueError('mix must leave out "facts" and "questions" without a tokenizer: both are made of text')
     corpus.check_length(max(options.contexts) + options.continuation)
@@ -218,7 +222,7 @@ def train_still(
         asked = None
         if options.mix.get("questions", 0) and options.questions:
             asked = add_questions(
-                model, corpus, options.questions, spec.fingerprint, folder, seed=loop.seed, progress=progress
+                model, corpus, options.questions, spec.fingerprint, cache, seed=loop.seed, progress=progress
             )
         trainer = StillTrainer(model, spec, compactor, corpus, options, plans)
         identity = {

@@ -236,6 +236,16 @@ def test_the_loss_falls(tmp_path):
     assert result.run.evaluation is None and sum(result.run.losses[-5:]) < 0.7 * sum(result.run.losses[:5])
 
 
+def test_runs_share_prepared_data(tmp_path):
+    shared = tmp_path / "prepared"
+    run(tmp_path, loop=replace(LOOP, max_steps=1), data_cache=shared)
+    (file,) = shared.iterdir()
+    made = file.stat().st_mtime_ns
+    run(tmp_path, name="d", loop=replace(LOOP, max_steps=1), data_cache=shared)
+    assert list(shared.iterdir()) == [file] and file.stat().st_mtime_ns == made
+    assert not [path for name in ("c.run", "d.run") for path in (tmp_path / name).glob("tokens-*")]
+
+
 def test_a_trained_file_is_a_start(tmp_path):
     first = run(tmp_path, loop=replace(LOOP, max_steps=2))
     second = run(tmp_path, name="d", start=first.path, loop=replace(LOOP, max_steps=1))
