@@ -156,13 +156,20 @@ def _write(
     for i, ids in zip(good, generate(model, prompts, MAX_ANSWER)):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if form.chat:
-            ended, answer = len(ids) > 1 and ids[-1] in stop, ids
+            answer = ids if ids and ids[-1] in stop else _whole_sentences(corpus, ids)
+            ended = len(answer) > 1
         else:
             ended, answer = "\n" in text.lstrip(), corpus.encode(f" {_first_line(text)}\n")
         words = _words(_first_line(text))
         if ended and words and 2 * len(words & _words(texts[i])) >= len(words):
             found[i] = (whole[i], list(answer))
     return found
+
+
+def _whole_sentences(corpus: Corpus, ids: list[int]) -> list[int]:
+    """An answer that was too long, up to the end of its last whole sentence; nothing if it has none."""
+    ends = corpus.sentence_ends()[torch.tensor(ids, dtype=torch.int64)].nonzero().flatten()
+    return ids[: int(ends[-1]) + 1] if ends.numel() else []
 
 
 def telling_sentence(text: str) -> str:

@@ -312,7 +312,7 @@ def test_the_model_writes_questions_once_and_interruptions_lose_none(tmp_path, m
         asking = questions_module.WRITE in corpus.tokenizer.decode(prompts[0])
         if len(calls) == 5:
             raise KeyboardInterrupt
-        text = " bell rings? Maybe.\n" if asking else "the bell"
+        text = " bell rings? Maybe.\n" if asking else "the bell"  # without a sentence's end
         return [
             corpus.encode(text) + ([] if i == 1 and len(prompts) == 3 and not asking else [4])
             for i in range(len(prompts))
@@ -355,6 +355,13 @@ def test_useless_questions_and_answers_are_left_out(monkeypatch):
     questions_module.add_questions(model, corpus, 4, {}, None, passage=64, batch=4, seed=3)
     # left over: the first. No word of the sentence; no question mark; too short or answered out of thin air
     assert len(corpus.train.items) == 1
+
+
+def test_a_long_answer_is_cut_behind_its_last_sentence():
+    corpus = Corpus(read_texts([TEXT]), tiny_tokenizer(), 261, 0.0)
+    ids = corpus.encode("It rings. Then it rings. And th")
+    assert corpus.tokenizer.decode(questions_module._whole_sentences(corpus, ids)) == "It rings. Then it rings."
+    assert questions_module._whole_sentences(corpus, corpus.encode("It ri")) == []
 
 
 def test_the_sentence_with_names_and_numbers_is_asked_about():
