@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -80,23 +81,36 @@ def _percentiles(values: list[float], how: str = "clock") -> Timing:
     return Timing(p20, p50, p80, len(ordered), how)
 
 
-def capture(function: Callable[[], object], pool: object = None) -> tuple[Callable[[], None] | None, str]:
-    """``(replay, "")`` of a CUDA graph of one call, or ``(None, why not)``. The call is made three times."""
+def capture(function: Callable[[], object]) -> tuple[Callable[[], None] | None, str]:
+    """``(replay, "")`` of a CUDA graph of one call, or ``(None, why not)``. The call is made twice, then captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and fills the caches of libraries, where a capture may not
-        for _ in range(2):
+    try:
+        with torch.cuda.stream(stream):
+            function()  # compiles, and fills the caches of libraries, where a capture may not
+            # a capture that fails leaves the allocator in disorder: what waits for the device is found before
+            torch.cuda.set_sync_debug_mode("error")
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    except RuntimeError as error:
+        return None, _first_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         with torch.cuda.graph(graph, pool=pool):
             function()
     except RuntimeError as error:
+        with contextlib.suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch.cuda.synchronize()
-        return None, str(error).strip().split("\n")[0]
+        return None, _first_line(error)
     return graph.replay, ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 class Flush:
@@ -128,10 +142,9 @@ def measure_cuda(
     """
     flush = Flush(torch.cuda.current_device())
     ready, how, times = {}, {}, {}
-    pool = torch.cuda.graph_pool_handle() if graphs else None
     for name, function in functions.items():
         function()
-        replay, reason = capture(function, pool) if graphs else (None, "")
+        replay, reason = capture(function) if graphs else (None, "")
         if reason:
             print(f"    {name} runs without a graph: {reason}")
         ready[name], how[name] = replay or function, "graph" if replay else "launches"

@@ -179,6 +179,95 @@ def test_warming_calls_everything_and_writes_nothing(gpu, bench):
     assert bench.exit_code == 0 and not bench.file.path.exists()
 
 
+class FakeCuda:
+    """A device whose clock only functions move, by what they cost: whether ``measure_cuda`` measures what it says."""
+
+    def __init__(self):
+        self.now, self.log, self.capturing, self.strict = 0.0, [], False, False
+        self.uncapturable, self.waiting = (), ()
+
+    def function(self, name, cost):
+        def call():
+            if self.capturing and name in self.uncapturable:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            if self.strict and name in self.waiting:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.capturing:
+                self.captured = call
+            else:
+                self.now += cost
+                self.log.append(name)
+
+        return call
+
+
+@pytest.fixture
+def fake_cuda(gpu, monkeypatch):
+    common, fake = sys.modules["common"], FakeCuda()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = fake.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Context:
+        def __init__(self, *args, **options):
+            self.graph = args[0] if args else None
+
+        def __enter__(self):
+            fake.capturing = isinstance(self.graph, Graph)
+
+        def __exit__(self, kind, *error):
+            if isinstance(self.graph, Graph) and kind is None:
+                self.graph.replay = fake.captured
+            fake.capturing = False
+
+    class Graph:
+        pass
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    names = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": Context,
+        "stream": Context,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "current_device": lambda: 0,
+        "graph_pool_handle": lambda: (0, 0),
+        "synchronize": lambda: None,
+        "set_sync_debug_mode": lambda mode: setattr(fake, "strict", mode == "error"),
+    }
+    for name, value in names.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(common, "Flush", lambda device: fake.function("flush", 0.07))
+    return fake
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_timing_on_a_device(gpu, fake_cuda, graphs):
+    common, fake = sys.modules["common"], fake_cuda
+    fake.uncapturable, fake.waiting = ("slow",), ("waits",)
+    costs = {"quick": 0.01, "slow": 40.0, "waits": 300.0}
+    functions = {name: fake.function(name, cost) for name, cost in costs.items()}
+    times = common.measure_cuda(functions, seconds=0.2, least_calls=5, most_calls=23, graphs=graphs)
+    assert times["quick"] == common.Timing(*[pytest.approx(0.01)] * 3, 23, "graph" if graphs else "launches")
+    assert times["slow"] == common.Timing(*[pytest.approx(40.0)] * 3, 5, "launches")
+    assert times["waits"].how == "launches" and times["waits"].p50 == pytest.approx(300.0)
+    assert not fake.strict and not fake.capturing
+    timed = fake.log[fake.log.index("flush") :]
+    assert timed[::2] == ["flush"] * (len(timed) // 2)  # before every timed call
+    assert timed[13:24:2] == ["quick", "slow", "waits"] * 2  # in turn, after two calls of each that are not kept
+
+
 def test_rows_append_and_refuse_unknown_columns(gpu, tmp_path):
     for backend in ("a", "b"):  # two processes, one after the other
         file = gpu.lab.RowFile(tmp_path / "rows.csv")
@@ -429,16 +518,8 @@ def test_the_commit_is_known_without_git(gpu, monkeypatch):
 
 @pytest.mark.skipif(not library.available()[0], reason="needs the CPU kernel")
 def test_small_calls_for_the_sanitizer():
-    command = [
-        sys.executable,
-        str(ROOT / "benchmarks/gpu/sanitize.py"),
-        "--device",
-        "cpu",
-        "--backend",
-        "torch",
-        "--dims",
-        "64",
-    ]
+    program = str(ROOT / "benchmarks/gpu/sanitize.py")
+    command = [sys.executable, program, "--device", "cpu", "--backend", "cpu", "--dims", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "7 calls of cpu gave the right result" in result.stdout

@@ -4,6 +4,7 @@ with a case that is wrong, fails or comes too late."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gc
 import json
@@ -244,10 +245,12 @@ class Bench:
             return
         try:
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
         except RuntimeError as error:  # an illegal access ends the context: nothing after it can run
             self.broken = True
             print(f"FAILED {self.part}: the CUDA context is lost: {error}", flush=True)
+            return
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
     def verify(self, check: Callable[..., None], *args: object, **options: object) -> None:
         """Runs a check that raises AssertionError.
