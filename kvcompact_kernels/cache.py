@@ -498,6 +498,22 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
             os.unlink(temporary)
 
 
+def safetensors_formats(path: str | os.PathLike) -> set[str]:
+    """Names of the headers that a safetensors file carries.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return set(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+
+
 def load_safetensors(
     path: str | os.PathLike, format_name: str, format_version: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,15 +11,16 @@ from typing import Any
 from .common import CliError, UsageError, explained
 
 NAME = "train"
-HELP = "train a compactor (still) or a document's cache (cartridge)"
+HELP = "train a compactor (selector, still) or a document's cache (cartridge)"
 DESCRIPTION = """\
 Trains against the frozen model, on a CPU or a GPU. Ctrl-C finishes the step and saves; the same command goes on from there.
 
+  kvcompact train selector --model M --data FOLDER --out F
   kvcompact train still --model M --data FOLDER --ratio 8 --context 2048 --out F
   kvcompact train cartridge notes.txt --model M --slots 512 --out F
 """
 # Each names itself, its help and description, and adds its arguments, as the commands themselves do.
-SUBCOMMANDS = ("train_still", "train_cartridge")
+SUBCOMMANDS = ("train_selector", "train_still", "train_cartridge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ from .facts import make_facts
 
 KINDS = ("facts", "questions", "recall", "continuation")
 FORMAT, FORMAT_VERSION = "kvcompact-training-data", 1
+_PLACES = (" {} ", "\n\n{}\n\n")  # within a paragraph, or one of its own
 _INSTRUCTIONS = ("", "", " Answer briefly.", " Answer with a few words only.", " Give the answer only.")
 
 
@@ -318,7 +319,7 @@ def make_example(
     opening = corpus.opening(chat)
     wanted = kinds.count("facts")
     facts = make_facts(draw, wanted + draw.randint(0, recipe.distractors)) if wanted else []
-    planted = [corpus.encode(f" {fact.statement} ") for fact in facts]
+    planted = [corpus.encode(draw.choice(_PLACES).format(fact.statement)) for fact in facts]
     room = length - len(opening) - sum(map(len, planted))
     while planted and room < length // 2:  # a short context stays a text with facts in it
         room += len(planted.pop())

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A learned answer to "which tokens will later queries attend to?", for every compacted layer of one model.
+
+Selection by the attention that a context gives to itself forgets what nobody has asked about yet: a sentence that states a
+fact gets no more attention than its neighbours until the question comes. But that it *states a fact* can be read off its
+keys and values. A small network per layer reads them, and is trained to predict the attention that two kinds of later
+queries give to each token: those of the text's continuation, and those of questions on it with their answers.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import check_int
+from .cache import load_safetensors, save_safetensors
+from .model_spec import ModelSpec, check_trained_for
+
+FORMAT = "kvcompact-selector"
+FORMAT_VERSION = 1
+_SMALLEST = 1e-7  # of an attention probability whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """Sizes of the network, and what is made of its two answers.
+
+    Attributes:
+        head_dim, num_kv_heads: d and Hkv of the model.
+        hidden: width of the network.
+        kernel: tokens that the middle layer mixes, odd: a fact is more than one token.
+        trust: in [0, 1]: how far the continuation's attention is the network's answer, and not that of the context's own
+            queries (a geometric mean of both, scaled alike): less than 1 is safer on texts unlike those of the training.
+        recall_weight: weight of the attention that questions are expected to give, beside 1 for the continuation's.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+    hidden: int = 96
+    kernel: int = 9
+    trust: float = 0.5
+    recall_weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("head_dim", "num_kv_heads", "hidden", "kernel"):
+            check_int(name, getattr(self, name), minimum=1)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, so that it has a middle; got {self.kernel}")
+        for name in ("trust", "recall_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        if not 0 <= self.trust <= 1:
+            raise ValueError(f"trust must be in [0, 1], got {self.trust}")
+        if not 0 < self.recall_weight < math.inf:
+            raise ValueError(f"recall_weight must be finite and above 0, got {self.recall_weight}")
+
+    @property
+    def features(self) -> int:
+        """Numbers per token that the network reads: keys, values, three figures per head, two of the place."""
+        return self.num_kv_heads * (2 * self.head_dim + 3) + 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; ``SelectorConfig(**d)`` is the inverse."""
+        return asdict(self)
+
+
+def _shapes(config: SelectorConfig) -> dict[str, tuple[int, ...]]:
+    heads, hidden, features = config.num_kv_heads, config.hidden, config.features
+    return {
+        "mean": (features,),
+        "deviation": (features,),
+        "in_weight": (hidden, features),
+        "in_bias": (hidden,),
+        "mix_weight": (hidden, config.kernel),
+        "mid_weight": (hidden, hidden),
+        "mid_bias": (hidden,),
+        "out_weight": (2 * heads, hidden),
+        "out_bias": (2 * heads,),
+        "attention_weight": (2 * heads,),
+    }
+
+
+def _start(config: SelectorConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """The continuation's attention starts as that of the reference queries, the questions' as a flatter, smaller one."""
+    made = {}
+    for name, shape in _shapes(config).items():
+        value = torch.zeros(shape)
+        if name in ("in_weight", "mid_weight"):
+            value.normal_(0.0, shape[-1] ** -0.5, generator=generator)
+        elif name == "mix_weight":
+            value[:, config.kernel // 2] = 1.0
+        elif name == "deviation":
+            value.fill_(1.0)
+        elif name == "out_bias":
+            value[config.num_kv_heads :] = -3.0
+        elif name == "attention_weight":
+            value[: config.num_kv_heads] = 1.0
+            value[config.num_kv_heads :] = 0.5
+        made[name] = value
+    return made
+
+
+def token_features(keys: Tensor, values: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network reads of each token.
+
+    Args:
+        keys, values: ``[B, Hkv, T, d]``, keys un-rotated.
+        attention: ``[B, Hkv, T]``, root mean square of the attention that the context's own queries give the token from
+            behind the context (``reference.matching.full_attention``).
+
+    Returns:
+        ``(features [B, T, SelectorConfig.features], log_attention [B, Hkv, T])``, fp32.
+    """
+    batch, _, tokens, _ = keys.shape
+    keys, values = keys.float(), values.float()
+    log_attention = (attention.float() + _SMALLEST).log()
+    norms = [(x.norm(dim=-1) + 1e-6).log() for x in (keys, values)]
+    figures = torch.stack([*norms, log_attention + math.log(tokens)], -1)
+    place = torch.arange(tokens, dtype=torch.float32, device=keys.device)
+    place = torch.stack([(tokens - place).log(), (place + 1).log()], -1).expand(batch, tokens, 2)
+    parts = [x.transpose(1, 2).reshape(batch, tokens, -1) for x in (keys, values, figures)]
+    return torch.cat([*parts, place], -1), log_attention
+
+
+class TokenSelector(nn.Module):
+    """The network for every compacted layer of one model, to train, save and load. Files are safetensors.
+
+    Args:
+        config: sizes, the same for all layers.
+        num_layers: number of compacted layers (sliding-window layers are not).
+        fingerprint: of the model (``ModelSpec.fingerprint``); it is of no use to another one.
+        info: JSON-able notes that travel with the file (training steps, data, figures).
+        generator: of the initialisation.
+    """
+
+    def __init__(
+        self,
+        config: SelectorConfig,
+        num_layers: int,
+        fingerprint: dict[str, Any],
+        info: dict[str, Any] | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        check_int("num_layers", num_layers, minimum=1)
+        self.config, self.fingerprint, self.info = config, dict(fingerprint), dict(info or {})
+        self.layers = nn.ModuleList(nn.ParameterDict(_start(config, generator)) for _ in range(num_layers))
+        for layer in self.layers:  # what features are measured in is set once, not learned
+            layer["mean"].requires_grad_(False)
+            layer["deviation"].requires_grad_(False)
+
+    def forward(self, layer_idx: int, features: Tensor, log_attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the attention that each token is expected to get in compacted layer ``layer_idx``.
+
+        Args:
+            features, log_attention: from :func:`token_features`.
+
+        Returns:
+            ``(continuation, recall)``, fp32 ``[B, Hkv, T]`` each: from queries of the text that follows, and from questions.
+        """
+        p, config = self.layers[layer_idx], self.config
+        x = (features - p["mean"]) / p["deviation"]
+        x = F.gelu(F.linear(x, p["in_weight"], p["in_bias"]))
+        near = F.conv1d(
+            x.transpose(1, 2), p["mix_weight"][:, None], padding=config.kernel // 2, groups=config.hidden
+        ).transpose(1, 2)
+        x = x + F.gelu(F.linear(near, p["mid_weight"], p["mid_bias"]))
+        out = F.linear(x, p["out_weight"], p["out_bias"]).transpose(1, 2)
+        out = out + p["attention_weight"][:, None] * torch.cat([log_attention, log_attention], 1)
+        return out[:, : config.num_kv_heads], out[:, config.num_kv_heads :]
+
+    def scores(self, layer_idx: int, keys: Tensor, values: Tensor, attention: Tensor) -> Tensor:
+        """Scores to keep tokens by, fp32 ``[B, Hkv, T]``: the logarithm of both kinds of attention together.
+
+        Args:
+            keys, values, attention: as for :func:`token_features`.
+        """
+        features, log_attention = token_features(keys, values, attention)
+        continuation, recall = self(layer_idx, features, log_attention)
+        own = log_attention - log_attention.logsumexp(-1, keepdim=True) + continuation.logsumexp(-1, keepdim=True)
+        continuation = torch.lerp(own, continuation, self.config.trust)
+        return torch.logaddexp(continuation, recall + math.log(self.config.recall_weight))
+
+    def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Writes parameters, config and fingerprint to one safetensors file, atomically; bf16 halves it."""
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "num_layers": len(self.layers),
+            "fingerprint": self.fingerprint,
+            "info": self.info,
+        }
+        tensors = {name: x.to(dtype) for name, x in self.named_parameters()}
+        save_safetensors(Path(path), tensors, {FORMAT: json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TokenSelector":
+        """Reads what :meth:`save` wrote, in fp32.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or damaged, or of a newer format.
+        """
+        header, tensors = load_safetensors(path, FORMAT, FORMAT_VERSION)
+        try:
+            config = SelectorConfig(**header["config"])
+            wanted = {f"layers.{i}.{n}": s for i in range(header["num_layers"]) for n, s in _shapes(config).items()}
+            found = {name: tuple(x.shape) for name, x in tensors.items()}
+            if wanted != found:
+                wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+                raise ValueError(f"{len(wrong)} tensors do not fit its config, {wrong[0]} the first")
+            if not all(x.isfinite().all() for x in tensors.values()):
+                raise ValueError("its parameters hold NaN or infinities")
+            selector = cls(config, header["num_layers"], header["fingerprint"], header["info"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        selector.load_state_dict({name: x.float() for name, x in tensors.items()})
+        return selector
+
+    def check_model(self, spec: ModelSpec, where: str = "the selector", check_weights: bool = True) -> None:
+        """Raises ValueError unless these are parameters for the model of ``spec``.
+
+        Args:
+            check_weights: False compares everything but the digest of the model's weights (a fine-tuned sibling).
+        """
+        check_trained_for(spec, self.fingerprint, len(self.layers), where, check_weights)

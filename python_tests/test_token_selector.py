@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token selector as a network and a file, and method "still" with one."""
+
+import math
+
+import pytest
+import torch
+
+from kvcompact_kernels.methods import LayerInput, get_method
+from kvcompact_kernels.methods import still as still_module
+from kvcompact_kernels.methods.still import packaged_selector
+from kvcompact_kernels.model_spec import ModelSpec
+from kvcompact_kernels.rope import Rope
+from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector, token_features
+
+DIM, HEADS, LAYERS = 8, 2, 3
+
+
+def make_spec(layers=LAYERS, **changes):
+    fingerprint = {"family": "llama", "head_dim": DIM, "weights": "0123", **changes}
+    rope = {"full": Rope.default(DIM)}
+    return ModelSpec("llama", layers, 4, HEADS, DIM, ("full",) * layers, (0.3,) * layers, rope, None, fingerprint)
+
+
+def make_selector(spec=None, disturb=0.3, **config):
+    spec = spec or make_spec()
+    selector = TokenSelector(
+        SelectorConfig(DIM, HEADS, **{"hidden": 12, "kernel": 3, **config}),
+        spec.layer_kinds.count("full"),
+        spec.fingerprint,
+        {"steps": 3},
+        torch.Generator().manual_seed(1),
+    )
+    with torch.no_grad():
+        for p in selector.parameters():
+            p.add_(disturb * torch.rand_like(p))
+    return selector
+
+
+def make_layer(tokens=60, index=1, batch=2, start=0, dtype=torch.float32):
+    keys, values = (torch.randn(batch, HEADS, tokens, DIM, dtype=dtype) for _ in range(2))
+    queries = torch.randn(batch, 2 * HEADS, tokens, DIM, dtype=dtype)
+    positions = torch.arange(start, start + tokens)
+    return LayerInput(index, LAYERS, keys, values, queries, positions, Rope.default(DIM), DIM**-0.5)
+
+
+def random_inputs(tokens=40, batch=2):
+    keys, values = torch.randn(2, batch, HEADS, tokens, DIM)
+    return keys, values, torch.rand(batch, HEADS, tokens)
+
+
+def test_at_the_start_continuation_is_the_contexts_own_attention():
+    selector = make_selector(disturb=0.0)
+    keys, values, attention = random_inputs()
+    continuation, recall = selector(0, *token_features(keys, values, attention))
+    torch.testing.assert_close(continuation, (attention + 1e-7).log())
+    torch.testing.assert_close(recall, 0.5 * (attention + 1e-7).log() - 3)
+
+
+def test_features_hold_what_they_say():
+    config = SelectorConfig(DIM, HEADS)
+    keys, values, attention = random_inputs(11, 1)
+    features, log_attention = token_features(keys, values, attention)
+    assert features.shape == (1, 11, config.features) and features.dtype == torch.float32
+    width = HEADS * DIM
+    torch.testing.assert_close(features[0, 4, :width], keys[0, :, 4].reshape(-1))
+    torch.testing.assert_close(features[0, 4, width : 2 * width], values[0, :, 4].reshape(-1))
+    figures = features[0, 4, 2 * width : -2].view(HEADS, 3)
+    torch.testing.assert_close(figures[:, 0], (keys[0, :, 4].norm(dim=-1) + 1e-6).log())
+    torch.testing.assert_close(figures[:, 1], (values[0, :, 4].norm(dim=-1) + 1e-6).log())
+    torch.testing.assert_close(figures[:, 2], log_attention[0, :, 4] + math.log(11))
+    torch.testing.assert_close(features[0, 4, -2:], torch.tensor([7.0, 5.0]).log())
+
+
+def test_a_token_is_judged_with_its_neighbours_and_no_others():
+    selector = make_selector(kernel=5)
+    keys, values, attention = random_inputs(30, 1)
+    before = selector(2, *token_features(keys, values, attention))[1]
+    values[:, :, 12] += 3.0
+    moved = (selector(2, *token_features(keys, values, attention))[1] - before).abs().amax((0, 1)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("trust, weight", [(0.0, 1e-9), (1.0, 1e-9), (0.4, 2.0)])
+def test_scores_mix_both_answers(trust, weight):
+    selector = make_selector(trust=trust, recall_weight=weight)
+    keys, values, attention = random_inputs(25)
+    continuation, recall = (x.double() for x in selector(1, *token_features(keys, values, attention)))
+    own = (attention.double() + 1e-7).log()
+    own = own - own.logsumexp(-1, keepdim=True) + continuation.logsumexp(-1, keepdim=True)
+    wanted = (((1 - trust) * own + trust * continuation).exp() + weight * recall.exp()).log()
+    torch.testing.assert_close(selector.scores(1, keys, values, attention).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_brings_it_back(tmp_path, dtype):
+    selector = make_selector(trust=0.25)
+    selector.save(tmp_path / "s.safetensors", dtype)
+    again = TokenSelector.load(tmp_path / "s.safetensors")
+    assert again.config == selector.config and again.info == {"steps": 3}
+    assert again.fingerprint == selector.fingerprint
+    for (name, a), (other, b) in zip(selector.named_parameters(), again.named_parameters()):
+        assert name == other and torch.equal(a.to(dtype).float(), b)
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        TokenSelector.load(path)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        get_method("still", weights=str(path))
+    selector = make_selector()
+    selector.save(path)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        get_method("still", weights=str(path))
+    with torch.no_grad():
+        selector.layers[1]["mid_bias"][0] = float("nan")
+    selector.save(path)
+    with pytest.raises(ValueError, match="NaN"):
+        TokenSelector.load(path)
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        ({"kernel": 4}, ValueError, "kernel must be odd"),
+        ({"hidden": 0}, ValueError, "hidden"),
+        ({"trust": 1.5}, ValueError, r"trust must be in \[0, 1\]"),
+        ({"recall_weight": 0.0}, ValueError, "recall_weight must be finite and above 0"),
+        ({"recall_weight": "1"}, TypeError, "recall_weight must be a number"),
+    ],
+)
+def test_bad_config(fields, error, message):
+    with pytest.raises(error, match=message):
+        SelectorConfig(DIM, HEADS, **fields)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    make_selector().save(tmp_path / "s.safetensors")
+    return str(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize(
+    "slots, start, dtype", [(9, 0, torch.float32), (59, 0, torch.bfloat16), (12, 30, torch.float32)]
+)
+def test_still_keeps_the_keys_of_the_best_tokens(weights, slots, start, dtype):
+    layer = make_layer(start=start, dtype=dtype)
+    method = get_method("still", weights=weights)
+    method.prepare(make_spec())
+    assert method.queries_needed == -1 and method.min_slots == 5
+    block = method.compact_layer(layer, slots)
+    assert block.keys.shape == block.values.shape == (2, HEADS, slots, DIM) and block.keys.dtype == dtype
+    assert block.beta.shape == (2, HEADS, slots) and block.beta.dtype == torch.float32
+    # each kept key is a token's own, in their order; the first four are kept where the context begins
+    same = (block.keys[:, :, :, None] == layer.keys[:, :, None]).all(-1)
+    assert same.any(-1).all()
+    places = same.float().argmax(-1)
+    assert (places.diff() > 0).all()
+    if start == 0:
+        assert (places[:, :, :4] == torch.arange(4)).all()
+
+
+def test_still_follows_the_selectors_scores(weights, monkeypatch):
+    layer = make_layer()
+    wanted = torch.randn(2, HEADS, 60)
+    seen = {}
+
+    def scores(self, layer_idx, keys, values, attention):
+        seen.update(layer_idx=layer_idx, keys=keys, attention=attention)
+        return wanted
+
+    monkeypatch.setattr(TokenSelector, "scores", scores)
+    block = get_method("still", weights=weights, sinks=0).compact_layer(layer, 7)
+    best = wanted.topk(7).indices.sort().values[..., None].expand(-1, -1, -1, DIM)
+    assert torch.equal(block.keys, layer.keys.gather(2, best))
+    assert seen["layer_idx"] == 1
+    torch.testing.assert_close(layer.rope.rotate(seen["keys"], layer.positions), layer.keys)
+    # root mean square over queries and heads of a group, from the position behind the context
+    queries = layer.rope.rotate(layer.rope.unrotate(layer.queries, layer.positions), torch.full((60,), 60))
+    prob = (queries.view(2, HEADS, 2, 60, DIM) @ layer.keys[:, :, None].transpose(-1, -2) * layer.scale).softmax(-1)
+    torch.testing.assert_close(seen["attention"], prob.square().mean((2, 3)).sqrt())
+
+
+def test_chunks_are_selected_by_themselves(weights):
+    layer = make_layer(60, batch=1)
+    whole = get_method("still", weights=weights, chunk=20).compact_layer(layer, 21)
+    assert whole.num_slots == 21
+    method = get_method("still", weights=weights)
+    for start in (0, 20, 40):
+        part = LayerInput(
+            1, LAYERS, *(x[:, :, start : start + 20] for x in (layer.keys, layer.values, layer.queries)),
+            layer.positions[start : start + 20], layer.rope, layer.scale,
+        )  # fmt: skip
+        block = method.compact_layer(part, 7)
+        at = 7 * start // 20
+        torch.testing.assert_close(whole.keys[:, :, at : at + 7], block.keys)
+        torch.testing.assert_close(whole.values[:, :, at : at + 7], block.values)
+        torch.testing.assert_close(whole.beta[:, :, at : at + 7], block.beta)
+    with pytest.raises(ValueError, match="needs 5"):
+        get_method("still", weights=weights, chunk=10).compact_layer(layer, 12)
+
+
+def test_all_tokens_stay_when_all_fit(weights):
+    layer = make_layer(20)
+    block = get_method("still", weights=weights).compact_layer(layer, 20)
+    assert torch.equal(block.keys, layer.keys) and torch.equal(block.values, layer.values)
+
+
+def test_weights_of_another_model_are_refused(weights):
+    with pytest.raises(ValueError, match="trained for another model: weights is '0123', expected '4567'"):
+        get_method("still", weights=weights).prepare(make_spec(weights="4567"))
+    get_method("still", weights=weights, check_weights=False).prepare(make_spec(weights="4567"))
+    with pytest.raises(ValueError, match="it has 3 layers, the model 2 to compact"):
+        get_method("still", weights=weights).prepare(make_spec(2))
+    with pytest.raises(ValueError, match="config must be left out"):
+        get_method("still", weights=weights, config={"num_blocks": 1})
+
+
+def test_packaged_weights_are_found_by_the_models_shape(tmp_path, monkeypatch):
+    make_selector(make_spec(head_dim=32)).save(tmp_path / "a.safetensors")
+    mine = make_selector(trust=0.125)
+    mine.save(tmp_path / "b.safetensors")
+    monkeypatch.setattr(still_module, "WEIGHTS", tmp_path)
+    found = packaged_selector(make_spec(weights="of a sibling"))
+    assert found.config.trust == 0.125 and not any(p.requires_grad for p in found.parameters())
+    assert packaged_selector(make_spec(family="qwen3")) is None
+    method = get_method("still")
+    method.prepare(make_spec())
+    assert method.queries_needed == -1
+    for other in (get_method("still", weights="identity"), get_method("still", config={"num_blocks": 1})):
+        other.prepare(make_spec())
+        assert other.queries_needed == 0 and other.compact_layer(make_layer(), 9).num_slots == 9
+    method.prepare(make_spec(family="qwen3"))  # another model, without weights: the identity start
+    assert method.queries_needed == 0
