@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", metavar="FILE", help="start from this compactor's parameters")
     parser.add_argument("--batch", type=int, default=1, help="contexts of a micro-step, of one length (1)")
     parser.add_argument("--accumulate", type=int, default=4, help="micro-steps of an optimizer step (4)")
-    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="run student and teacher in it")
+    parser.add_argument("--autocast", choices=("bfloat16",), help="run student and teacher in it")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     parser.add_argument(
         "--data-cache", metavar="FOLDER", help="for prepared data, to share between runs (default: the run's folder)"

@@ -64,8 +64,8 @@ class StillOptions:
         lr_scales: pattern of parameter names -> factor on the learning rate; the first that fits counts, others have 1.
         held_out: share of each document's end that is not trained on.
         held_out_contexts: contexts of the held-out figures.
-        autocast: "bfloat16" (or "float16") runs student and teacher in it on a model of a wider dtype; None as the model is.
-            A context itself is always read in the model's own dtype.
+        autocast: "bfloat16" runs student and teacher in it on a model of a wider dtype; None as the model is. A context
+            itself is always read in the model's own dtype. (Not "float16": its gradients would need scaling.)
         gradient_checkpointing: recompute the compactor and the student's layers in the backward pass: less memory, about a
             third more time. The gradients are the same.
     """
@@ -109,7 +109,7 @@ class StillOptions:
             raise ValueError(f"cue must be less than recall = {self.recall}, got {self.cue}")
         check_choice("rest", self.rest, RESTS)
         if self.autocast is not None:
-            check_choice("autocast", self.autocast, ("bfloat16", "float16"))
+            check_choice("autocast", self.autocast, ("bfloat16",))
         unknown = sorted(set(self.mix) - set(KINDS))
         if unknown:
             raise ValueError(f"mix: there is no kind {unknown[0]!r}; there are: {', '.join(KINDS)}")
