@@ -4,7 +4,7 @@
     python scripts/oracles/compare_kvpress.py [--model FOLDER] [--tokens 384] [--ratio 3]
 
 kvpress (https://github.com/NVIDIA/kvpress, Apache-2.0) needs a transformers older than the one that this package is tested
-with, so versions are pinned in ``requirements.txt`` beside this file. Without ``--model`` a random Llama of four layers, with
+with, so versions are pinned in ``kvpress.txt`` beside this file. Without ``--model`` a random Llama of four layers, with
 grouped queries, in float64 is used; with it, the first tokens of Python's language reference are read. Scores are compared entry by entry; kept tokens are compared as sets, where a token at
 the edge may differ when its score ties with the edge's to within the same tolerance.
 
