@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "reason": cuda_reason or None,
         },
         "gpus": _gpus(),
+        "no_gpu": None if torch.cuda.is_available() else _no_gpu(),
         "backends": _backends(),
         "cache_directory": str(cache_directory()),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("KVCOMPACT_")},
@@ -86,6 +87,8 @@ def _cpu_name() -> str:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
+    from ..backends.triton import runtime
+
     if not torch.cuda.is_available():
         return []
     found = []
@@ -96,9 +99,25 @@ def _gpus() -> list[dict[str, Any]]:
                 "name": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
                 "memory_bytes": properties.total_memory,
+                "multiprocessors": properties.multi_processor_count,
+                "shared_memory_per_block": properties.shared_memory_per_block_optin,
+                "kernel_table": f"{runtime.arch_name(torch.device('cuda', i))}.json",
+                "triton_kernels": runtime.triton_problem() or runtime.device_problem(i) or "run",
             }
         )
     return found
+
+
+def _no_gpu() -> str:
+    """Why torch sees no GPU."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.strip(" -1,"):
+        return f"CUDA_VISIBLE_DEVICES={hidden} hides every device"
+    return f"torch was built for CUDA {torch.version.cuda}, but finds no device, or no driver that is new enough"
 
 
 def _backends() -> dict[str, dict[str, Any]]:
@@ -133,6 +152,7 @@ def _small_calls(device: str, dtype: Any) -> dict[str, tuple[tuple, dict[str, An
             (zeros(1, 2, 8, 128), kv, kv, zeros(128, 128)),
             {name: torch.ones(32, width, device=device) for name, width in tables.items()},
         ),
+        "pack_slots": ((kv, kv, torch.zeros(8, dtype=torch.int64, device=device)), {}),
     }
 
 
@@ -152,8 +172,16 @@ def _print(result: dict[str, Any]) -> None:
         print(f"native:    not usable: {native['reason']}")
     cuda = result["cuda_library"]
     print(f"CUDA:      {cuda['path'] if cuda['usable'] else 'not usable: ' + cuda['reason']}")
-    gpus = [f"{g['name']} (sm_{g['compute_capability'].replace('.', '')})" for g in result["gpus"]]
-    print(f"GPU:       {', '.join(gpus) or 'none that torch can use'}")
+    if not result["gpus"]:
+        print(f"GPU:       none that torch can use: {result['no_gpu']}")
+    for gpu in result["gpus"]:
+        print(
+            f"GPU:       {gpu['name']}: sm_{gpu['compute_capability'].replace('.', '')}, {gpu['multiprocessors']} SMs, "
+            f"{gpu['memory_bytes'] / 2**30:.1f} GiB, {gpu['shared_memory_per_block'] // 1024} KiB of shared memory per block"
+        )
+        print(
+            f"           Triton kernels: {gpu['triton_kernels']}; tile sizes from backends/configs/{gpu['kernel_table']}"
+        )
     print(f"cache:     {result['cache_directory']}")
     for name, value in result["environment"].items():
         print(f"           {name}={value}")

@@ -257,7 +257,7 @@ def test_doctor(capsys):
     code, result = call_json(capsys, "doctor")
     assert code == 0
     assert result["packages"]["torch"] == torch.__version__
-    assert set(result["backends"]) == {"compact_attention", "key_scores", "still_cross_attention"}
+    assert set(result["backends"]) == {"compact_attention", "key_scores", "still_cross_attention", "pack_slots"}
     assert result["cuda_library"]["usable"] != bool(result["cuda_library"]["reason"])
     for cases in result["backends"].values():
         for found in cases.values():
