@@ -63,6 +63,8 @@ FIELDS = (
     "entropy_utilisation_high",
     "tokens",
     *_MEDIANS,
+    "utilisation_per_mib",
+    "utilisation_per_second",
     "error",
 )
 
@@ -172,7 +174,20 @@ def _line(key: tuple, group: list[dict], groups: dict[tuple, list[dict]], seed: 
     for name in _MEDIANS:
         values = [row[name] for row in good if row[name] is not None]
         line[name] = statistics.median(values) if values else None
+    used = line[leading_utilisation(line)]
+    # the ends hold everything or nothing, and compact nothing: there is no trade to speak of
+    if used is not None and ratio is not None:
+        if line["physical_bytes"]:
+            line["utilisation_per_mib"] = used / (line["physical_bytes"] / 2**20)
+        if line["compact_seconds"]:
+            line["utilisation_per_second"] = used / line["compact_seconds"]
     return line
+
+
+def leading_utilisation(line: dict[str, Any]) -> str:
+    """Which utilisation a line is judged by: that of scores, or of cross-entropies where the task has no score."""
+    by_entropy = line["utilisation"] is None and line["entropy_utilisation"] is not None and line["score"] is None
+    return "entropy_utilisation" if by_entropy else "utilisation"
 
 
 def to_csv(lines: list[dict[str, Any]]) -> str:

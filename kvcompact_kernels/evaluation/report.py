@@ -85,6 +85,9 @@ def page(lines: list[dict[str, Any]], config: dict[str, Any], pictures: list[Pat
         body.append(f"<h2>{html.escape(tables.heading(task, length, group))}</h2>")
         body.append(f'<p class="note">{html.escape(tables.when_known(group[0]["query_aware"]))}</p>')
         body.append(_table(list(tables.COLUMNS), tables.cells_of(group)))
+        cost = tables.cost_cells_of(group)
+        if cost:
+            body.append(_table(list(tables.COST_COLUMNS), cost))
         own = [p for p in pictures if p not in used and p.stem.split("_", 1)[1] == plots.slug(task)]
         if length == max(line["length"] for line in lines if line["task"] == task):
             for path in own:

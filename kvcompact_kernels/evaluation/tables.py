@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..cli.common import bytes_text
+from .aggregate import leading_utilisation
 from .runner import FULL, NO_CONTEXT
 
 COLUMNS = (
@@ -22,6 +23,15 @@ COLUMNS = (
     "first token s",
     "tokens/s",
 )
+COST_COLUMNS = (
+    "method",
+    "ratio",
+    "utilisation",
+    "KV physical",
+    "utilisation per MiB",
+    "compact s",
+    "utilisation per s",
+)
 _LEGEND = """\
 Figures in brackets: 95% bootstrap interval over contexts.
 score: accuracy as the task counts it. utilisation: (method - no_context) / (full - no_context), of scores; where the
@@ -35,6 +45,8 @@ KV physical: bytes that the cache holds. temporary: most that the method needs b
   and temporary memory, without weights and activations.
 compact s: the method's own time, without reading the context. first token s: reading the question. tokens/s:
   decoding, batch 1. Medians, on the machine at hand.
+utilisation per MiB, per s: utilisation divided by the bytes that the cache holds, and by the method's own time. Both
+  favour caches that are small or made fast, however little they know: read them beside the utilisation itself.
 """
 LEGEND = tuple(_LEGEND.replace("\n  ", " ").splitlines())
 
@@ -60,20 +72,27 @@ def _with_interval(line: dict[str, Any], name: str, form: str = ".2f") -> str:
     return f"{text} [{_number(line[f'{name}_low'], form)}, {_number(line[f'{name}_high'], form)}]"
 
 
+def _label(line: dict[str, Any]) -> list[str]:
+    return [
+        line["method"] + (f" ({line['failed']} failed)" if line["failed"] else ""),
+        "–" if line["ratio"] is None else f"{line['ratio']:g}",
+    ]
+
+
+def _used(line: dict[str, Any]) -> str:
+    name = leading_utilisation(line)
+    return _with_interval(line, name) + (" ce" if name == "entropy_utilisation" else "")
+
+
 def _cells(line: dict[str, Any]) -> list[str]:
     if line["samples"] == 0:
         rest = ["–"] * (len(COLUMNS) - 4)
         return [line["method"], f"{line['ratio']:g}", "–", f"failed: {line['error']}".replace("|", "/"), *rest]
-    if line["utilisation"] is None and line["entropy_utilisation"] is not None and line["score"] is None:
-        used = f"{_with_interval(line, 'entropy_utilisation')} ce"
-    else:
-        used = _with_interval(line, "utilisation")
     return [
-        line["method"] + (f" ({line['failed']} failed)" if line["failed"] else ""),
-        "–" if line["ratio"] is None else f"{line['ratio']:g}",
+        *_label(line),
         _number(line["slots"], ".0f"),
         _with_interval(line, "score"),
-        used,
+        _used(line),
         _with_interval(line, "kl", ".3f"),
         _number(line["perplexity"], ".2f"),
         _with_interval(line, "agreement"),
@@ -108,6 +127,22 @@ def cells_of(group: list[dict[str, Any]]) -> list[list[str]]:
     return [_cells(line) for line in group]
 
 
+def cost_cells_of(group: list[dict[str, Any]]) -> list[list[str]]:
+    """What the bytes and the seconds of a method buy, under :data:`COST_COLUMNS`; empty where there is no utilisation."""
+    shown = [line for line in group if line["utilisation_per_mib"] is not None]
+    return [
+        [
+            *_label(line),
+            _used(line),
+            bytes_text(line["physical_bytes"]),
+            _number(line["utilisation_per_mib"]),
+            _number(line["compact_seconds"]),
+            _number(line["utilisation_per_second"], ".2f"),
+        ]
+        for line in shown
+    ]
+
+
 def heading(task: str, length: int, group: list[dict[str, Any]]) -> str:
     """Caption of a table."""
     cases = max(line["cases"] for line in group)
@@ -123,9 +158,11 @@ def markdown(lines: list[dict[str, Any]], config: dict[str, Any] | None = None) 
         out += [settings(config), ""]
     for task, length, group in blocks(lines):
         out += [f"## {heading(task, length, group)}", "", when_known(group[0]["query_aware"]), ""]
-        rows = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *cells_of(group)]
-        out += ["| " + " | ".join(row) + " |" for row in rows]
-        out.append("")
+        for columns, cells in ((COLUMNS, cells_of(group)), (COST_COLUMNS, cost_cells_of(group))):
+            if cells:
+                rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)], *cells]
+                out += ["| " + " | ".join(row) + " |" for row in rows]
+                out.append("")
     out += [f"- {line}" for line in LEGEND]
     return "\n".join(out) + "\n"
 

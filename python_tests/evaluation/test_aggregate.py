@@ -8,7 +8,7 @@ import pytest
 
 from kvcompact_kernels.evaluation.aggregate import FIELDS, aggregate, to_csv
 from kvcompact_kernels.evaluation.runner import _NO_FIGURES
-from kvcompact_kernels.evaluation.tables import COLUMNS, markdown
+from kvcompact_kernels.evaluation.tables import COLUMNS, COST_COLUMNS, cost_cells_of, markdown
 
 SIZES = dict.fromkeys(
     (
@@ -119,6 +119,26 @@ def test_csv_and_markdown_hold_every_line():
     text = markdown(lines)
     assert "Query-agnostic" in text and "Query-aware" not in text
     body = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(body) == 2 + 4 and all(line.count("|") == len(COLUMNS) + 1 for line in body)
+    assert len(body) == 2 + 4 + 2 + 2
+    assert [line.count("|") for line in body] == [len(COLUMNS) + 1] * 6 + [len(COST_COLUMNS) + 1] * 4
     aware = markdown(aggregate([{**r, "query_aware": True} for r in rows]))
     assert "Query-aware" in aware and "Query-agnostic" not in aware
+
+
+def test_what_a_byte_and_a_second_buy():
+    sizes = {"physical_bytes": 2**19, "compact_seconds": 0.25}
+    rows = ends(4, 0.25, 0.75) + [row("m", c, s, 4.0, **sizes) for c, s in enumerate((0, 0.5, 0.5, 1))]
+    line = line_of(rows)
+    assert line["utilisation_per_mib"] == pytest.approx(1.0) and line["utilisation_per_second"] == pytest.approx(2.0)
+    assert line_of(rows, "full")["utilisation_per_mib"] is None
+    ((*_, size, per_mib, seconds, per_second),) = cost_cells_of(aggregate(rows))
+    assert (size, per_mib, seconds, per_second) == ("512.0 KiB", "1.000", "0.250", "2.00")
+    # a task without scores is judged by cross-entropy; one that the context is worth nothing to is not judged
+    by_entropy = [
+        row("no_context", 0, cross_entropy=3.0, predicted_tokens=4),
+        row("full", 0, cross_entropy=1.0, predicted_tokens=4),
+        row("m", 0, None, 4.0, cross_entropy=1.5, predicted_tokens=4, **sizes),
+    ]
+    assert line_of(by_entropy)["utilisation_per_mib"] == pytest.approx(1.5)
+    assert cost_cells_of(aggregate(by_entropy))[0][2].endswith(" ce")
+    assert cost_cells_of(aggregate(ends(3, 0.5, 0.5) + [row("m", c, 1.0, 4.0) for c in range(3)])) == []
