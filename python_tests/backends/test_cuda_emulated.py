@@ -233,6 +233,14 @@ def test_shared_memory_is_what_the_table_says(emulation):
     assert all(16 * d * 2 < n <= 163 * 1024 for n, d in zip(needed, backend.HEAD_DIMS)) and needed[-1] == -1
 
 
+def test_opcheck_and_compile(emulation):
+    args = inputs(poison=False, query_len=3, tail=9, blocks=((None, 20), (1, [3, 4])))
+    torch.library.opcheck(torch.ops.kvcompact.compact_attention_decode.default, args)
+    wanted = backend.run(*args)
+    for got, want in zip(torch.compile(backend.run, fullgraph=True, backend="aot_eager")(*args), wanted):
+        assert torch.equal(got, want)
+
+
 @pytest.fixture(scope="module")
 def self_check(tmp_path_factory):
     path = tmp_path_factory.mktemp("emulation") / "self_check.so"

@@ -70,3 +70,15 @@ def test_the_gate_sees_regressions(aot):
     assert aot.problems(case, good, None)
     large = {**good, "shared_bytes": aot.SHARED_LIMIT["sm90"] + 1}
     assert aot.problems(case, large, large)
+
+
+def test_without_nvcc_the_cuda_kernels_are_skipped_aloud_and_their_rows_kept(aot, monkeypatch, tmp_path, capsys):
+    table = tmp_path / "aot.csv"
+    table.write_bytes(aot.TABLE.read_bytes())
+    monkeypatch.setattr(aot, "TABLE", table)
+    monkeypatch.setattr(aot, "nvcc", lambda: None)
+    monkeypatch.setattr(aot, "cases", lambda: [case for arch in aot.ARCHS for case in aot._cuda_cases(arch)])
+    assert aot.main(["--write"]) == 0
+    assert "32 configurations of CUDA kernels were skipped: nvcc was not found" in capsys.readouterr().out
+    kept = [line for line in aot.TABLE.read_text().splitlines() if "CUDA" in line]
+    assert len(kept) == 32 and len(table.read_text().splitlines()) == 33
