@@ -10,8 +10,7 @@ activations of one batch.
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from ..methods import Method, get_method
 from ..methods.cartridge import Cartridge
 from ..model_spec import ModelSpec
 from ..prompt import document_ids, prompt_format
+from .common import frozen
 from .distill import RESTS, Targets, distillation_loss, hidden_states
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, stable_number, train
 from .self_study import Conversation, Conversations, SelfStudyConfig, prepare_conversations
@@ -180,7 +180,7 @@ def train_cartridge(
     if not single:
         out.mkdir(parents=True, exist_ok=True)
     done: list[TrainedCartridge] = []
-    with _frozen(model):
+    with frozen(model):
         for number, names in enumerate(groups):
             conversations = [
                 prepare_conversations(
@@ -469,28 +469,6 @@ def _start(model: Any, ids: list[int], config: CartridgeConfig) -> Cartridge:
     # the digest of the context would have a prompt that begins with it taken for the cached one
     cache = replace(cache, info={"init": config.init, "slots": config.slots})
     return Cartridge.from_cache(cache, sinks=config.sinks, train_beta=config.train_beta)
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """The model patched, in eval mode and without gradients of its own; afterwards as it was."""
-    from ..patch import is_patched, patch_model, unpatch_model
-
-    own = not is_patched(model)
-    if own:
-        patch_model(model, "full")
-    gradients = [(x, x.requires_grad) for x in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for x, wanted in gradients:
-            x.requires_grad_(wanted)
-        for module, training in modes:
-            module.training = training
-        if own:
-            unpatch_model(model)
 
 
 def _note(

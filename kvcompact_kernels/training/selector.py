@@ -31,11 +31,10 @@ from ..patch.session import CompactSession
 from ..reference import matching
 from ..token_selector import SelectorConfig, TokenSelector, token_features
 from ..version import __version__
+from .common import check_output, frozen, machine
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
 from .questions import add_questions
-from .still import _frozen as frozen
-from .still import _machine as machine
 
 FORMAT, FORMAT_VERSION = "kvcompact-selector-data", 1
 _MAX_QUERIES = 8192
@@ -162,9 +161,7 @@ def train_selector(
         )
     if tokenizer is None:
         raise ValueError("tokenizer must be given: facts and questions are made of text")
-    out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise OSError(f"out: {out} is a folder" if out.is_dir() else f"out: the folder {out.parent} does not exist")
+    out = check_output(out)
     folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = read_texts(data)

@@ -26,13 +26,13 @@ from .._checks import check_choice, check_int
 from ..cache import CompactBlock, CompactCache
 from ..methods.still import StillCompactor
 from ..model_spec import ModelSpec
-from ..patch import is_patched, patch_model, unpatch_model
 from ..patch.compaction import check_compactable
 from ..patch.families import decoder, model_spec
 from ..patch.model import compact
 from ..patch.session import CompactSession
 from ..still_config import StillConfig
 from ..version import __version__
+from .common import check_output, frozen, machine
 from .data import KINDS, Corpus, Example, Recipe, collate, make_example, read_texts, tail_means
 from .distill import RESTS, Targets, distillation_loss, hidden_states, teacher_targets
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
@@ -204,9 +204,7 @@ def train_still(
     loop = _with(loop or LoopConfig(1000, lr=3e-4, warmup=100, evaluate_every=100), steps=steps)
     compactor = _compactor(spec, options, slots, config, start, loop.seed)
     plans = Plans(compactor, options)
-    out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise OSError(f"out: {out} is a folder" if out.is_dir() else f"out: the folder {out.parent} does not exist")
+    out = check_output(out)
     folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
     cache = folder if data_cache is None else Path(data_cache)
     for needed in (folder, cache):
@@ -218,7 +216,7 @@ def train_still(
         raise ValueError('mix must leave out "facts" and "questions" without a tokenizer: both are made of text')
     corpus.check_length(max(options.contexts) + options.continuation)
     compactor.to(device)
-    with _frozen(model):
+    with frozen(model):
         asked = None
         if options.mix.get("questions", 0) and options.questions:
             asked = add_questions(
@@ -254,7 +252,7 @@ def train_still(
         "loop": loop.identity(),
         "data": identity["data"] | {"train_tokens": corpus.train.ids.numel(), "documents": len(texts)},
         "chunk_tokens": plans.describe(),
-        "trained_on": _machine(device),
+        "trained_on": machine(device),
     }
     compactor.save(out)
     return StillResult(compactor, out, run)
@@ -517,37 +515,11 @@ def default_slots(options: StillOptions) -> int:
     return max(2, min(int(longest / 4 / min(options.ratios)), int(longest / max(options.ratios))))
 
 
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """The model patched, in eval mode and without gradients; afterwards as it came."""
-    patched = is_patched(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    if not patched:
-        patch_model(model)
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
-        if not patched:
-            unpatch_model(model)
-
-
 def _digest(compactor: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, x in compactor.named_parameters():
         digest.update(name.encode() + x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _with(options: Any, **changes: Any) -> Any:
