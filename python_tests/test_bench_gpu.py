@@ -426,6 +426,23 @@ def test_plan_of_a_visit(gpu, tmp_path):
         gpu.visit.plan(SimpleNamespace(**options | {"only": ["tea"]}))
 
 
+def test_all_files_with_gpu_tests_are_run(gpu):
+    found = set(gpu.visit.gpu_tests())
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "python_tests" / "gpu").glob("test_*.py")} <= found
+    assert "python_tests/backends/test_triton_forward.py" in found and "python_tests/test_rope.py" not in found
+
+
+def test_what_the_sanitizer_said(gpu, tmp_path):
+    lines = [
+        "28 calls of cuda gave the right result",
+        "========= ERROR SUMMARY: 0 errors",
+        "skipped: no",
+        "skipped: no",
+    ]
+    outcome = gpu.visit.run_visit([[part(gpu, "sanitizer", f"print({chr(10).join(lines)!r})")]], 30, tmp_path, str)[0]
+    assert outcome.detail == "28 calls of cuda gave the right result; ERROR SUMMARY: 0 errors; skipped: no"
+
+
 def test_an_earlier_visit_is_kept(gpu, tmp_path):
     (tmp_path / "rows.csv").write_text("old")
     (tmp_path / "other.txt").write_text("mine")

@@ -133,7 +133,7 @@ def _endings(outcomes: list[tuple[str, str, float, str]]) -> list[str]:
     for name, status, seconds, detail in outcomes:
         if status not in ("ok", "ended"):
             lines.append(f"{status.upper()}: {name} after {seconds:.0f} s: {detail}")
-        elif detail and (name == "tests" or "CUT" in detail or "ERROR SUMMARY" in detail):
+        elif detail and (name in ("tests", "sanitizer") or "CUT" in detail):
             lines.append(f"{name}: {detail}")
     return lines[: MOST_LINES // 2]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,6 @@ ROOT = HERE.parents[1]
 OUTPUTS = ("rows.csv", "table.txt", "visit.log", "ceilings.json", "rows.png")
 BENCHMARKS = ("decode", "still", "shared", "prefill", "backward", "scores", "model")
 COMPILING = ("decode", "prefill", "backward", "still")  # parts whose peers take long to compile
-TEST_FOLDERS = ("python_tests/gpu", "python_tests/backends")
 WORKERS = 10  # test processes; each compiles, and holds about half a GiB of the GPU
 SOFT = 0.85  # of a part's time after which it begins no further case
 STATUS = {0: "ok", 3: "wrong", 4: "failed", 5: "crashed"}
@@ -158,9 +159,10 @@ class Running:
         tests = {w: sum(bool(re.search(rf"\b{w}\b", line)) for line in self.lines if "::" in line) for w in _RESULTS}
         if any(tests.values()):
             found.append(", ".join(f"{n} {w.lower()}" for w, n in tests.items() if n))
-        summary = next((line for line in reversed(self.lines) if "ERROR SUMMARY" in line), "")
-        if summary:
-            found.append(summary.split("=========")[-1].strip())
+        said = [line.strip("= ") for line in self.lines if "SUMMARY:" in line or "gave the right result" in line]
+        said += sorted({line for line in self.lines if line.startswith("skipped: ")})
+        if self.part.name == "sanitizer":
+            found += said
         for tag in ("WRONG", "FAILED", "CUT"):
             tagged = [line.split(": ", 1)[-1] for line in self.lines if line.startswith(f"{tag} {self.part.name}")]
             if tagged:
@@ -194,7 +196,7 @@ def run_group(parts: list[Part], limit: float, log: Log) -> list[Outcome]:
     return outcomes + [r.outcome() for r in running]
 
 
-def run_visit(groups: list[list[Part]], seconds: float, out: Path, tell=print) -> list[Outcome]:
+def run_visit(groups: list[list[Part]], seconds: float, out: Path, tell: Callable[[str], object]) -> list[Outcome]:
     """Runs groups one after the other; each gets a share of what is left of ``seconds``, in proportion to its wish."""
     outcomes = []
     end = time.monotonic() + seconds
@@ -259,8 +261,14 @@ def _build_environment(gpu: bool) -> dict[str, str]:
     return {"KVCOMPACT_CUDA_ARCHS": f"{major}{minor}{'a' if major >= 9 else ''}"}
 
 
+def gpu_tests() -> list[str]:
+    """The test files that have tests for a GPU: collecting the others would cost each worker seconds."""
+    files = sorted((ROOT / "python_tests").rglob("test_*.py"))
+    return [str(f.relative_to(ROOT)) for f in files if re.search(r"mark\.gpu|\bDEVICES\b", f.read_text())]
+
+
 def _pytest() -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--tb=short", *TEST_FOLDERS]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--tb=short", *gpu_tests()]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 2) - 4))), "--dist", "worksteal"]
     return command
@@ -336,13 +344,19 @@ def main(argv: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 2
+    signal.signal(signal.SIGTERM, _interrupt)
     prepare(args.out)
     start = time.monotonic()
-    outcomes = run_visit(plan(args), 60 * args.minutes, args.out)
+    outcomes = run_visit(plan(args), 60 * args.minutes, args.out, functools.partial(print, flush=True))
     print()
     print(finish(args.out, outcomes))
     print(f"{time.monotonic() - start:.0f} s; everything in {args.out}")
     return 1 if any(o.bad for o in outcomes) else 0
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM ends a visit as Ctrl-C does: with the parts that run."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
