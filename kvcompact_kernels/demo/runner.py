@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..evaluation.metrics import TokenClock, kl_divergence
+from ..methods.still import packaged_selector
+from ..patch.families import model_spec
 from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
 from .document import Document, Needle
 
 METHODS = ("full", "streaming_llm", "h2o", "snapkv", "pyramidkv", "attention_matching", "still", "cartridge")
-# these learn, and here they are as initialised
-UNTRAINED = ("still", "cartridge")
 NO_DOCUMENT = "(no document)"
 ANSWER_TOKENS = 16
 CONTINUATION_TOKENS = 128
@@ -129,6 +129,12 @@ class Demo:
         self.text_logs = self._logs(self.continuation, past)
         return answers
 
+    def _is_trained(self, name: str) -> bool:
+        """False for a method that learns and is here as initialised."""
+        if name == "still":
+            return packaged_selector(model_spec(self.model)) is not None
+        return name != "cartridge"
+
     def run_method(self, name: str, ratio: float, stage: Callable[[str], None] = lambda s: None) -> Row:
         """Compacts the document with one method and asks everything of the cache. The model must be patched.
 
@@ -136,7 +142,7 @@ class Demo:
         """
         from .. import compact
 
-        row = Row(name, name not in UNTRAINED, ratio=ratio, needles=len(self.questions))
+        row = Row(name, self._is_trained(name), ratio=ratio, needles=len(self.questions))
         try:
             stage("compacting")
             start = time.perf_counter()
