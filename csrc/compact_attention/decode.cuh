@@ -272,6 +272,10 @@ KVC_DEVICE void load_queries(const Decode& p, const Task& t, char* shared) {
   }
 }
 
+struct alignas(16) Four {
+  float x[4];
+};
+
 // Scores of 16 rows against 16 keys as the two 16 x 8 results of a warp's matrix products.
 struct Scores {
   float x[2][4];
@@ -490,7 +494,8 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
   }
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
-    float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    Four found = {};
+    float(&x)[4] = found.x;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
       const float* from = all_sums + (w * kTileRows + row) * Shared::kSumsRow + i * 32 + column;
@@ -503,8 +508,7 @@ decode_attention(KVC_PARAMETERS(Decode) p) {
       out[0] = gpu::pack<T>(x[0] * factor, x[1] * factor);
       out[1] = gpu::pack<T>(x[2] * factor, x[3] * factor);
     } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) p.partial_out[to + j] = x[j];
+      *reinterpret_cast<Four*>(p.partial_out + to) = found;
     }
   }
 }
