@@ -26,7 +26,8 @@ class ExpectedAttention(ScoredMethod):
         future: positions behind the context that the rotation is averaged over.
         use_covariance: False keeps the mean's part only.
         use_values: False leaves the values' norms out.
-        epsilon: added to each expected attention before the values' norms weigh it.
+        epsilon: added to each expected attention before the values' norms weigh it. With 0 one planted number out of 512
+            tokens is never found on SmolLM2-135M at 2x, with 0.01 in 9 of 10 contexts.
         skip: first tokens of the context whose queries are left out of the statistics, for sinks have queries of their own kind.
         sinks: first tokens of the context kept in any case.
     """
@@ -38,7 +39,7 @@ class ExpectedAttention(ScoredMethod):
     future: int = 512
     use_covariance: bool = True
     use_values: bool = True
-    epsilon: float = 0.0
+    epsilon: float = 0.01
     skip: int = 4
     sinks: int = 4
 

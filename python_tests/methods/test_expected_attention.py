@@ -26,7 +26,9 @@ def test_closed_form_is_the_mean_over_drawn_queries():
 def test_queries_are_averaged_over_the_positions_to_come(scaling):
     rope = Rope(Rope.default(8).inv_freq, scaling)
     layer = make_layer(40, dtype=torch.float64, rope=rope)
-    method = get_method("expected_attention", future=5, skip=2, sinks=0, use_values=False, use_covariance=False)
+    method = get_method(
+        "expected_attention", future=5, skip=2, sinks=0, epsilon=0.0, use_values=False, use_covariance=False
+    )
     free = rope.unrotate(layer.queries, layer.positions)[:, :, 2:].mean(2)
     # the mean query, rotated to each of the next five positions
     moved = sum(rope.rotate(free[:, :, None], torch.tensor([p]))[:, :, 0] for p in range(40, 45)) / 5
@@ -37,7 +39,7 @@ def test_queries_are_averaged_over_the_positions_to_come(scaling):
 
 def test_covariance_is_rotated_with_the_mean():
     layer = make_layer(40, dtype=torch.float64)
-    method = get_method("expected_attention", future=1, skip=0, sinks=0, use_values=False)
+    method = get_method("expected_attention", future=1, skip=0, sinks=0, epsilon=0.0, use_values=False)
     # one future position: the statistics are those of the context's queries, all rotated there
     free = layer.rope.unrotate(layer.queries, layer.positions)
     there = layer.rope.rotate(free.reshape(2, 6, 40, 1, 8), torch.tensor([40])).reshape(2, 6, 40, 8)
@@ -47,18 +49,20 @@ def test_covariance_is_rotated_with_the_mean():
     want = expected_attention_scores(mean, covariance, layer.keys, torch.ones_like(layer.values), layer.scale, 0.0)
     torch.testing.assert_close(method.scores(layer), want, rtol=1e-6, atol=0)
     assert not torch.allclose(
-        want, get_method("expected_attention", future=200, skip=0, sinks=0, use_values=False).scores(layer)
+        want, get_method("expected_attention", future=200, skip=0, sinks=0, epsilon=0.0, use_values=False).scores(layer)
     )
 
 
 def test_sinks_do_not_count_against_a_head():
     # one query head of a group looks at a sink alone: its view of the other tokens still counts as much as the other head's
     layer = make_layer(40, heads=2, kv_heads=1, dtype=torch.float64)
-    with_sinks = get_method("expected_attention", use_values=False).scores(layer)
+    with_sinks = get_method("expected_attention", epsilon=0.0, use_values=False).scores(layer)
     keys = layer.keys.clone()
     keys[:, :, 1] += 40 * layer.queries[:, :1].mean(2)
     louder = make_layer(40, heads=2, kv_heads=1, keys=keys, values=layer.values, queries=layer.queries)
-    torch.testing.assert_close(get_method("expected_attention", use_values=False).scores(louder), with_sinks)
+    torch.testing.assert_close(
+        get_method("expected_attention", epsilon=0.0, use_values=False).scores(louder), with_sinks
+    )
     assert (with_sinks[..., :4] == 0).all() and with_sinks[..., 4:].sum(-1).allclose(torch.tensor(8.0**0.5).double())
 
 

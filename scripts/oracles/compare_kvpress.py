@@ -16,7 +16,8 @@ What is compared, and where the two differ on purpose:
   the last layer's would be below the window, and caps the first layer's at tokens - window; ours is the pyramid with
   ``steepness``, flatter where it would leave [min_slots, tokens], with the mean budget exact. The case is chosen so that
   neither cap applies; budgets may differ by one for rounding.
-- expected_attention: scores behind the sinks, and the kept tokens.
+- expected_attention: scores behind the sinks, and the kept tokens; both with our ``epsilon`` (kvpress's class has 0 by
+  default, its evaluations 0.01).
 - finch: scores of the tokens before the prompt, the kept tokens, and the keys. kvpress re-rotates kept keys to the positions
   0 ... slots - 1 and goes on behind them; here the cache keeps its logical length, and they get T - slots ... T - 1: theirs
   are rotated on by T - slots before they are compared.
@@ -145,7 +146,9 @@ def compare(model: Any, ids: Tensor, ratio: float, report: Report) -> None:
     )
 
     expected = get_method("expected_attention")
-    theirs, left = kvpress_run(model, ids, kvpress.ExpectedAttentionPress(compression_ratio=share))
+    theirs, left = kvpress_run(
+        model, ids, kvpress.ExpectedAttentionPress(compression_ratio=share, epsilon=expected.epsilon)
+    )
     sinks = expected.sinks
     report.tensors(
         "expected_attention scores", [expected.scores(x)[..., sinks:] for x in layers], [s[..., sinks:] for s in theirs]
