@@ -12,17 +12,18 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: an empty name, or an option without "=".
     """
     name, *pairs = text.strip().split(":")
-    options: dict[str, Any] = {}
+    raw: dict[str, str] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals:
-            if options:  # a colon inside a value, such as a path
-                last = next(reversed(options))
-                options[last] = f"{options[last]}:{pair}"
-                continue
+        if raw and not (equals and key.isidentifier()):  # a colon inside a value, such as a path or a dict
+            last = next(reversed(raw))
+            raw[last] = f"{raw[last]}:{pair}"
+        elif not equals or not key.isidentifier():
             raise ValueError(f"an option must read NAME=VALUE, got {pair!r} in {text!r}")
-        if not key.isidentifier():
-            raise ValueError(f"an option must read NAME=VALUE, got {pair!r} in {text!r}")
+        else:
+            raw[key] = value
+    options = {}
+    for key, value in raw.items():
         try:
             options[key] = json.loads(value)
         except ValueError:

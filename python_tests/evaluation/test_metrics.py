@@ -78,6 +78,8 @@ def test_specs():
     assert parse_spec("h2o") == ("h2o", {})
     assert parse_spec("snapkv:window=16:pooling=max:x=true") == ("snapkv", {"window": 16, "pooling": "max", "x": True})
     assert parse_spec("still:weights=c:/x:n=1") == ("still", {"weights": "c:/x", "n": 1})
+    compose = 'compose:first=snapkv:first_options={"window":16}:second=h2o'
+    assert parse_spec(compose) == ("compose", {"first": "snapkv", "first_options": {"window": 16}, "second": "h2o"})
     assert parse_lengths("2k,512,2048") == [512, 2048] and parse_ratios("8,4,4.5") == [4, 4.5, 8]
     for bad in ("x", "", "0", "1kk", "-3"):
         with pytest.raises(ValueError, match="lengths"):
