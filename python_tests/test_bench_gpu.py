@@ -54,6 +54,7 @@ def gpu():
 def bench(gpu, tmp_path, monkeypatch):
     """A bench with known ceilings; of SDPA's backends only the one that a CPU has, for the others cost time to refuse."""
     monkeypatch.setattr(gpu.routes, "BACKENDS", {"flash": gpu.routes.BACKENDS["flash"]})
+    monkeypatch.setattr(gpu.lab.gc, "collect", lambda: 0)  # of a heap full of other tests' modules
     found = gpu.lab.Bench("decode", "cpu", tmp_path, smoke=True, seconds=0.001)
     found.save_ceilings(gpu.lab.Ceilings(read=0.5, matmul=2.0))
     return found
@@ -303,7 +304,6 @@ def test_ceilings_are_measured_once_and_again_at_the_end(gpu, tmp_path, capsys):
 def test_parts_run_whole(gpu, bench, monkeypatch, name):
     module = getattr(gpu, name)
     monkeypatch.setattr(module, "CASES", module.CASES[1:2])
-    monkeypatch.setattr(gpu.lab.gc, "collect", lambda: 0)  # of a heap full of other tests' modules
     bench.part = name
     module.run(bench)
     assert bench.exit_code == 0, (bench.wrong, bench.failed)

@@ -154,7 +154,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> bool:
 
     from kvcompact_kernels.evaluation.plots import styles
 
-    figure = Figure(figsize=(13, 1.6 + 0.34 * len(chosen)), layout="constrained")
+    figure = Figure(figsize=(13, max(4.5, 1.6 + 0.34 * len(chosen))), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
     places = range(len(chosen))
     names = [f"{shape} {_short_dtype(dtype)}" for (_, shape, dtype), _ in chosen]

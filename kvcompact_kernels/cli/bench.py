@@ -15,6 +15,7 @@ DESCRIPTION = """\
 In a checkout this runs benchmarks/run.py, which saves its rows in benchmarks/results; in an installed package, or with
 --quick, it runs a built-in benchmark of about ten seconds: decoding over a compact block with a bias, each backend in
 turn. The figures say how the backends compare on this machine under its present load; they are not for publication.
+All of this is about the CPU; a GPU's kernels are measured by `make bench-gpu OUT=folder` in a checkout.
 """
 
 # heads, KV heads, head dim

@@ -70,6 +70,7 @@ def test_temporary_bytes():
 def captured(function):
     """``(replay, outputs)`` of a graph of one call."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         function()
     torch.cuda.synchronize()
