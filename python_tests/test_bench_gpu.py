@@ -54,7 +54,7 @@ def gpu():
 def bench(gpu, tmp_path, monkeypatch):
     """A bench with known ceilings; of SDPA's backends only the one that a CPU has, for the others cost time to refuse."""
     monkeypatch.setattr(gpu.routes, "BACKENDS", {"flash": gpu.routes.BACKENDS["flash"]})
-    monkeypatch.setattr(gpu.lab.gc, "collect", lambda: 0)  # of a heap full of other tests' modules
+    monkeypatch.setattr(gpu.lab, "gc", SimpleNamespace(collect=lambda: 0))  # of a heap full of other tests' modules
     found = gpu.lab.Bench("decode", "cpu", tmp_path, smoke=True, seconds=0.001)
     found.save_ceilings(gpu.lab.Ceilings(read=0.5, matmul=2.0))
     return found
