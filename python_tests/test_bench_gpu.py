@@ -114,6 +114,35 @@ def test_a_wrong_result_is_not_timed_and_fails_the_part(gpu, bench, monkeypatch)
     assert rows_of(bench) and bench.exit_code == 3
 
 
+def test_one_wrong_kernel_of_several_is_left_out_and_fails_the_part(gpu, bench):
+    x, draws, timed = torch.ones(3), [], []
+
+    def case():
+        draws.append(1)
+        ours = {"right": lambda: x, "wrong": lambda: 2 * x}
+
+        def check(name):
+            assert torch.equal(ours[name](), x), f"{name} errs"
+
+        timed.extend(bench.right(ours, check))
+
+    bench.attempt("two kernels", case)
+    assert len(draws) == gpu.lab.DRAWS and timed == ["right"]
+    assert bench.wrong == ["two kernels (wrong)"] and bench.exit_code == 3
+
+
+def test_one_failing_kernel_of_several_is_left_out_and_fails_the_part(gpu, bench, capsys):
+    def call(name):
+        if name == "cuda":
+            raise RuntimeError("too many resources requested")
+        if name == "triton":
+            raise gpu.lab.BackendUnavailableError("triton: no")
+
+    bench.attempt("launch", lambda: bench.kernels("compact_attention", call))
+    assert bench.failed == ["launch (cuda)"] and bench.exit_code == 4
+    assert "FAILED decode: launch: cuda: RuntimeError: too many" in capsys.readouterr().out
+
+
 def test_bad_luck_of_one_draw_is_forgiven(gpu, bench):
     draws = []
 

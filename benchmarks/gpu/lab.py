@@ -74,6 +74,7 @@ class Goal:
     metric: str
     limit: float
     peer: str = ""
+    kernel: str = ""  # only about this one
 
     @property
     def at_least(self) -> bool:
@@ -184,6 +185,7 @@ class Bench:
         self.failed: list[str] = []
         self.cut: list[str] = []
         self.broken = False
+        self._case, self._last_draw = "", True
         self._ceilings: Ceilings | None = None
 
     @property
@@ -220,19 +222,19 @@ class Bench:
             return
         start = time.monotonic()
         for draw in range(DRAWS):
+            self._case, self._last_draw = name, draw == DRAWS - 1
             try:
                 case(*args)
                 break
             except WrongResultError as error:
-                if draw == DRAWS - 1:
+                if self._last_draw:
                     self.wrong.append(name)
                     print(f"WRONG {self.part}: {name}: {error}", flush=True)
                 else:
                     print(f"    {name}, draw {draw + 1}: {error}", flush=True)
             except Exception as error:  # noqa: BLE001 (whatever it is, the other cases are wanted)
                 self.failed.append(name)
-                first = (str(error).strip() or type(error).__name__).split("\n")[0]
-                print(f"FAILED {self.part}: {name}: {type(error).__name__}: {first}", flush=True)
+                print(f"FAILED {self.part}: {name}: {_first_line(error)}", flush=True)
                 traceback.print_exc()
                 break
             finally:
@@ -264,20 +266,56 @@ class Bench:
             raise WrongResultError(str(error)) from error
 
     def kernels(self, op: str, call: Callable[[str], object]) -> dict[str, Callable[[], object]]:
-        """``name -> call`` of every backend of an op that runs ``call(name)`` here; PyTorch's own counts as a peer."""
+        """``name -> call`` of every backend of an op that runs ``call(name)`` here; PyTorch's own counts as a peer.
+
+        One that takes the call and then fails is kept as a failure, and the others go on.
+        """
         found = {}
         for name in backend_names(op):
             if name == "torch":
                 continue
             try:
                 call(name)
+                self._wait()
             except BackendUnavailableError as error:
                 print(f"    {error}")
+                continue
+            except Exception as error:  # the other backends are wanted
+                self.failed.append(f"{self._case} ({name})")
+                print(f"FAILED {self.part}: {self._case}: {name}: {_first_line(error)}", flush=True)
+                traceback.print_exc()
+                self._release()
+                if self.broken:
+                    raise
                 continue
             found[name] = lambda name=name: call(name)
         if not found:
             raise RuntimeError(f"no kernel of {op} runs here")
         return found
+
+    def right(
+        self, ours: dict[str, Callable[[], object]], check: Callable[[str], None]
+    ) -> dict[str, Callable[[], object]]:
+        """Those kernels for which ``check(name)`` raises no AssertionError; a wrong one is not timed, the others are.
+
+        Raises:
+            WrongResultError: one is wrong and there are fresh inputs to try, or all are.
+        """
+        kept, wrong = {}, {}
+        for name, call in ours.items():
+            try:
+                self.verify(check, name)
+                kept[name] = call
+            except WrongResultError as error:
+                if not self._last_draw:
+                    raise
+                wrong[name] = error
+        if not kept:
+            raise next(iter(wrong.values()))
+        for name, error in wrong.items():
+            self.wrong.append(f"{self._case} ({name})")
+            print(f"WRONG {self.part}: {self._case}: {name}: {error}", flush=True)
+        return kept
 
     def time(
         self,
@@ -304,8 +342,7 @@ class Bench:
                         continue
                 self._wait()
             except Exception as error:  # noqa: BLE001 (whatever a peer raises, the kernel's own row is wanted)
-                first = (str(error).strip() or type(error).__name__).split("\n")[0]
-                print(f"    {name} is left out: {type(error).__name__}: {first[:300]}")
+                print(f"    {name} is left out: {_first_line(error)}")
                 self._release()
                 continue
             usable[name] = call
@@ -383,7 +420,7 @@ class Bench:
                 continue
             for peer, other in [*((p, p) for p in times if p != name), *((g, b) for g, b in best.items() if b)]:
                 ratio = times[other].p50 / timing.p50
-                goal = next((g for g in goals if g.peer == peer), None)
+                goal = next((g for g in goals if g.peer == peer and g.kernel in ("", name)), None)
                 note = {"note": f"the fastest is {other}"} if peer in groups else {}
                 self.file.add(
                     self.device, **{**row, **note}, peer=peer, ratio=ratio, **_verdict(goal, {"ratio": ratio})
@@ -396,6 +433,10 @@ def _verdict(goal: Goal | None, figures: dict[str, float]) -> dict[str, str]:
     if goal is None:
         return {}
     return {"goal": str(goal), "met": "yes" if goal.met(figures[goal.metric]) else "no"}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

@@ -82,9 +82,8 @@ def layers_of(bench: Bench, case: Case, config: StillConfig) -> list[Layer]:
 def whole(bench: Bench, case: Case, name: str) -> None:
     config = StillConfig(slots=case.slots, head_dim=MODELS[case.model][2], **CONFIGS[name])
     layers = layers_of(bench, case, config)
-    names = list(bench.kernels("still_cross_attention", lambda backend: of_layer(layers[0], backend)))
-    for backend in names:
-        bench.verify(check_layer, layers[0], backend)
+    names = bench.kernels("still_cross_attention", lambda backend: of_layer(layers[0], backend))
+    names = list(bench.right(names, partial(check_layer, layers[0])))
     ours = {b: partial(of_all, layers, partial(of_layer, backend=b)) for b in names}
     compiled = routes.compiled(reference.still_compaction, bench.smoke)
 
@@ -142,9 +141,9 @@ def chunked(bench: Bench, case: Case, chunk: int) -> None:
             layer.keys, layer.values, layer.params, layer.config, layer.rope, chunk, backend=backend
         )
 
-    names = list(bench.kernels("still_cross_attention", lambda backend: of_layer_head(layers[0], chunk, backend)))
-    for backend in names:
-        bench.verify(check_chunk, layers[0], chunk, of_chunks(layers[0], backend))
+    names = bench.kernels("still_cross_attention", lambda backend: of_layer_head(layers[0], chunk, backend))
+    check = lambda backend: check_chunk(layers[0], chunk, of_chunks(layers[0], backend))
+    names = list(bench.right(names, check))
     ours = {b: partial(of_all, layers, partial(of_chunks, backend=b)) for b in names}
     wanted = ours[names[0]]()[1]
     peers = {"composed": lambda: _values_first(of_all(layers, partial(of_chunks, backend="torch")))}
