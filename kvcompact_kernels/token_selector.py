@@ -176,17 +176,21 @@ class TokenSelector(nn.Module):
         out = out + p["attention_weight"][:, None] * torch.cat([log_attention, log_attention], 1)
         return out[:, : config.num_kv_heads], out[:, config.num_kv_heads :]
 
-    def scores(self, layer_idx: int, keys: Tensor, values: Tensor, attention: Tensor) -> Tensor:
+    def scores(
+        self, layer_idx: int, keys: Tensor, values: Tensor, attention: Tensor, recall_weight: float | None = None
+    ) -> Tensor:
         """Scores to keep tokens by, fp32 ``[B, Hkv, T]``: the logarithm of both kinds of attention together.
 
         Args:
             keys, values, attention: as for :func:`token_features`.
+            recall_weight: above 0; None takes the config's.
         """
         features, log_attention = token_features(keys, values, attention)
         continuation, recall = self(layer_idx, features, log_attention)
         own = log_attention - log_attention.logsumexp(-1, keepdim=True) + continuation.logsumexp(-1, keepdim=True)
         continuation = torch.lerp(own, continuation, self.config.trust)
-        return torch.logaddexp(continuation, recall + math.log(self.config.recall_weight))
+        weight = self.config.recall_weight if recall_weight is None else recall_weight
+        return torch.logaddexp(continuation, recall + math.log(weight))
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Writes parameters, config and fingerprint to one safetensors file, atomically; bf16 halves it."""

@@ -90,6 +90,8 @@ def test_scores_mix_both_answers(trust, weight):
     own = own - own.logsumexp(-1, keepdim=True) + continuation.logsumexp(-1, keepdim=True)
     wanted = (((1 - trust) * own + trust * continuation).exp() + weight * recall.exp()).log()
     torch.testing.assert_close(selector.scores(1, keys, values, attention).double(), wanted, rtol=1e-5, atol=1e-5)
+    wanted = (((1 - trust) * own + trust * continuation).exp() + 5 * recall.exp()).log()
+    torch.testing.assert_close(selector.scores(1, keys, values, attention, 5).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,15 +169,15 @@ def test_still_follows_the_selectors_scores(weights, monkeypatch):
     wanted = torch.randn(2, HEADS, 60)
     seen = {}
 
-    def scores(self, layer_idx, keys, values, attention):
-        seen.update(layer_idx=layer_idx, keys=keys, attention=attention)
+    def scores(self, layer_idx, keys, values, attention, recall_weight):
+        seen.update(layer_idx=layer_idx, keys=keys, attention=attention, recall_weight=recall_weight)
         return wanted
 
     monkeypatch.setattr(TokenSelector, "scores", scores)
-    block = get_method("still", weights=weights, sinks=0).compact_layer(layer, 7)
+    block = get_method("still", weights=weights, sinks=0, recall_weight=3).compact_layer(layer, 7)
     best = wanted.topk(7).indices.sort().values[..., None].expand(-1, -1, -1, DIM)
     assert torch.equal(block.keys, layer.keys.gather(2, best))
-    assert seen["layer_idx"] == 1
+    assert seen["layer_idx"] == 1 and seen["recall_weight"] == 3.0
     torch.testing.assert_close(layer.rope.rotate(seen["keys"], layer.positions), layer.keys)
     # root mean square over queries and heads of a group, from the position behind the context
     queries = layer.rope.rotate(layer.rope.unrotate(layer.queries, layer.positions), torch.full((60,), 60))
@@ -234,3 +236,17 @@ def test_packaged_weights_are_found_by_the_models_shape(tmp_path, monkeypatch):
         assert other.queries_needed == 0 and other.compact_layer(make_layer(), 9).num_slots == 9
     method.prepare(make_spec(family="qwen3"))  # another model, without weights: the identity start
     assert method.queries_needed == 0
+
+
+def test_the_packaged_weights_are_whole_and_small():
+    files = sorted(still_module.WEIGHTS.glob("*.safetensors"))
+    assert [f.name for f in files] == ["smollm2-135m-selector.safetensors"]
+    assert files[0].stat().st_size <= 16 << 20
+    selector = TokenSelector.load(files[0])
+    assert selector.info["finished"] and selector.info["trained_with"]
+    spec = make_spec(len(selector.layers))
+    spec.fingerprint.clear()
+    spec.fingerprint.update({**selector.fingerprint, "weights": "of the full-precision original"})
+    assert packaged_selector(spec).config == selector.config
+    keys, values = torch.randn(2, 1, selector.config.num_kv_heads, 50, selector.config.head_dim)
+    assert selector.scores(29, keys, values, torch.rand(1, selector.config.num_kv_heads, 50)).isfinite().all()

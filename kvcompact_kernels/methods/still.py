@@ -144,6 +144,9 @@ class Still(Method):
             there, ``sink`` is 1 unless given: the first token of each chunk stays exact, for losing it is ruinous.
         check_weights: False accepts weights trained for a fine-tuned sibling of the model. Those of the package are for all
             models of the same shape and rotation.
+        recall_weight: with a selector: how much the attention that questions are expected to give counts beside that of the
+            text's continuation. More keeps more facts, less stays closer to the full cache's predictions of plain text. None
+            takes the file's.
         sinks: with a selector: first tokens of the context that are kept in any case.
         mass_ridge, value_ridge: with a selector: as for ``attention_matching``. Larger here: what a question will look at
             gets little attention while the context is read, and its values should stay as they are.
@@ -157,6 +160,7 @@ class Still(Method):
     chunk: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     check_weights: bool = True
+    recall_weight: float | None = None
     sinks: int = 4
     mass_ridge: float = 1e-2
     value_ridge: float = 2e-2
@@ -168,6 +172,8 @@ class Still(Method):
             raise TypeError(f"config must be a dict of StillConfig fields, got {type(self.config).__name__}")
         if not isinstance(self.check_weights, bool):
             raise TypeError(f"check_weights must be a bool, got {type(self.check_weights).__name__}")
+        if self.recall_weight is not None:
+            self.recall_weight = check_share("recall_weight", self.recall_weight, minimum=1e-6)
         check_int("sinks", self.sinks, minimum=0)
         self.mass_ridge = check_share("mass_ridge", self.mass_ridge, minimum=1e-8)
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
@@ -254,7 +260,7 @@ class Still(Method):
         queries = queries_from_behind(layer, _MAX_QUERIES)
         outputs, lse, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
         keys = layer.rope.unrotate(layer.keys, layer.positions)
-        scores = selector.scores(layer.layer_idx, keys, layer.values, attention)
+        scores = selector.scores(layer.layer_idx, keys, layer.values, attention, self.recall_weight)
         indices = top_tokens(scores, slots, first=sinks)
         return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, _BETA_LIMIT)
 
