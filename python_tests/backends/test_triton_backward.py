@@ -8,6 +8,7 @@ from triton_cases import DEVICES, INTERPRETED, check_backward, make_inputs
 pytest.importorskip("triton")
 from kvcompact_kernels.backends.triton import compact_attention as backend
 from kvcompact_kernels.backends.triton.runtime import Config
+from kvcompact_kernels.testing.draws import draws
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 # More rows than keys in a tile and the other way round; both with remainders.
@@ -40,11 +41,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@draws(3)
 def test_gradients(device, name):
     check_backward(backend.forward, lambda *a: backend.backward(*a, config=TILES), make_inputs(device, **CASES[name]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@draws(3)
 def test_dtypes(device, dtype):
     args = make_inputs(device, dtype, query_len=7, blocks=((None, 50), (1, 20)), tail=9)
     check_backward(backend.forward, backend.backward, args)
