@@ -43,19 +43,3 @@ def fingerprint_differences(found: dict[str, Any], wanted: dict[str, Any]) -> li
         for key in sorted(found.keys() | wanted.keys())
         if found.get(key) != wanted.get(key)
     ]
-
-
-def check_trained_for(
-    spec: ModelSpec, fingerprint: dict[str, Any], num_layers: int, where: str, check_weights: bool
-) -> None:
-    """Raises ValueError unless parameters for ``num_layers`` layers of a model with this fingerprint fit ``spec``."""
-    found, wanted = dict(fingerprint), dict(spec.fingerprint)
-    if not check_weights:
-        found.pop("weights", None)
-        wanted.pop("weights", None)
-    different = fingerprint_differences(found, wanted)
-    compacted = spec.layer_kinds.count("full")
-    if compacted != num_layers:
-        different.append(f"it has {num_layers} layers, the model {compacted} to compact")
-    if different:
-        raise ValueError(f"{where} was trained for another model: {'; '.join(different)}")

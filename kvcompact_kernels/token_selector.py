@@ -7,23 +7,19 @@ keys and values. A small network per layer reads them, and is trained to predict
 queries give to each token: those of the text's continuation, and those of questions on it with their answers.
 """
 
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import check_int
-from .cache import load_safetensors, save_safetensors
-from .model_spec import ModelSpec, check_trained_for
+from .layer_networks import LayerNetworks
+from .model_spec import ModelSpec
 
-FORMAT = "kvcompact-selector"
-FORMAT_VERSION = 1
 _SMALLEST = 1e-7  # of an attention probability whose logarithm is taken
 
 
@@ -129,29 +125,16 @@ def token_features(keys: Tensor, values: Tensor, attention: Tensor) -> tuple[Ten
     return torch.cat([*parts, place], -1), log_attention
 
 
-class TokenSelector(nn.Module):
-    """The network for every compacted layer of one model, to train, save and load. Files are safetensors.
+class TokenSelector(LayerNetworks):
+    """The network for every compacted layer of one model; arguments and files as for :class:`LayerNetworks`."""
 
-    Args:
-        config: sizes, the same for all layers.
-        num_layers: number of compacted layers (sliding-window layers are not).
-        fingerprint: of the model (``ModelSpec.fingerprint``); it is of no use to another one.
-        info: JSON-able notes that travel with the file (training steps, data, figures).
-        generator: of the initialisation.
-    """
+    file_format = "kvcompact-selector"
+    config_type = SelectorConfig
+    shapes = staticmethod(_shapes)
+    start = staticmethod(_start)
 
-    def __init__(
-        self,
-        config: SelectorConfig,
-        num_layers: int,
-        fingerprint: dict[str, Any],
-        info: dict[str, Any] | None = None,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__()
-        check_int("num_layers", num_layers, minimum=1)
-        self.config, self.fingerprint, self.info = config, dict(fingerprint), dict(info or {})
-        self.layers = nn.ModuleList(nn.ParameterDict(_start(config, generator)) for _ in range(num_layers))
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         for layer in self.layers:  # what features are measured in is set once, not learned
             layer["mean"].requires_grad_(False)
             layer["deviation"].requires_grad_(False)
@@ -192,47 +175,9 @@ class TokenSelector(nn.Module):
         weight = self.config.recall_weight if recall_weight is None else recall_weight
         return torch.logaddexp(continuation, recall + math.log(weight))
 
-    def save(self, path: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Writes parameters, config and fingerprint to one safetensors file, atomically; bf16 halves it."""
-        header = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "config": self.config.to_dict(),
-            "num_layers": len(self.layers),
-            "fingerprint": self.fingerprint,
-            "info": self.info,
-        }
-        tensors = {name: x.to(dtype) for name, x in self.named_parameters()}
-        save_safetensors(Path(path), tensors, {FORMAT: json.dumps(header)})
-
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "TokenSelector":
-        """Reads what :meth:`save` wrote, in fp32.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or damaged, or of a newer format.
-        """
-        header, tensors = load_safetensors(path, FORMAT, FORMAT_VERSION)
-        try:
-            config = SelectorConfig(**header["config"])
-            wanted = {f"layers.{i}.{n}": s for i in range(header["num_layers"]) for n, s in _shapes(config).items()}
-            found = {name: tuple(x.shape) for name, x in tensors.items()}
-            if wanted != found:
-                wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-                raise ValueError(f"{len(wrong)} tensors do not fit its config, {wrong[0]} the first")
-            if not all(x.isfinite().all() for x in tensors.values()):
-                raise ValueError("its parameters hold NaN or infinities")
-            selector = cls(config, header["num_layers"], header["fingerprint"], header["info"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        selector.load_state_dict({name: x.float() for name, x in tensors.items()})
-        return selector
-
-    def check_model(self, spec: ModelSpec, where: str = "the selector", check_weights: bool = True) -> None:
-        """Raises ValueError unless these are parameters for the model of ``spec``.
-
-        Args:
-            check_weights: False compares everything but the digest of the model's weights (a fine-tuned sibling).
-        """
-        check_trained_for(spec, self.fingerprint, len(self.layers), where, check_weights)
+    def load(
+        cls, path: str | os.PathLike, spec: ModelSpec | None = None, check_weights: bool = True
+    ) -> "TokenSelector":
+        """Reads what ``save`` wrote, in fp32 whatever the file's dtype; see :meth:`LayerNetworks.load`."""
+        return super().load(path, spec, check_weights).float()

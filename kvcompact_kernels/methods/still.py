@@ -1,61 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """``still``: a small network per layer turns T tokens into t slots in one forward pass."""
 
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_int
-from ..cache import CompactBlock, load_safetensors, safetensors_formats, save_safetensors
-from ..model_spec import ModelSpec, check_trained_for
+from ..cache import CompactBlock, safetensors_formats
+from ..layer_networks import LayerNetworks
+from ..model_spec import ModelSpec
 from ..ops.still_compaction import still_compaction
 from ..reference import matching
 from ..reference.selection import top_tokens
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
-from ..token_selector import FORMAT as SELECTOR_FORMAT
 from ..token_selector import TokenSelector
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .attention_matching import fit_slots, queries_from_behind
 from .base import LayerInput, Method, register_method
 
-FORMAT = "kvcompact-still"
-FORMAT_VERSION = 1
 IDENTITY = "identity"
 WEIGHTS = Path(__file__).parent.parent / "weights"
 _MAX_QUERIES, _BETA_LIMIT = 8192, 7.0
 
 
-class StillCompactor(nn.Module):
-    """STILL's parameters (arXiv 2606.07878) for every compacted layer of one model, to train, save and load.
+class StillCompactor(LayerNetworks):
+    """STILL's parameters (arXiv 2606.07878) for every compacted layer of one model; see :class:`LayerNetworks`."""
 
-    Args:
-        config: options, the same for all layers.
-        num_layers: number of compacted layers (sliding-window layers are not).
-        fingerprint: of the model (``ModelSpec.fingerprint``); weights are of no use to another one.
-        info: JSON-able notes that travel with the file (training steps, data, figures).
-        generator: of the initialisation.
-    """
-
-    def __init__(
-        self,
-        config: StillConfig,
-        num_layers: int,
-        fingerprint: dict[str, Any],
-        info: dict[str, Any] | None = None,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__()
-        check_int("num_layers", num_layers, minimum=1)
-        self.config, self.fingerprint, self.info = config, dict(fingerprint), dict(info or {})
-        self.layers = nn.ModuleList(
-            nn.ParameterDict(init_still_parameters(config, generator)) for _ in range(num_layers)
-        )
+    file_format = "kvcompact-still"
+    config_type = StillConfig
+    shapes = staticmethod(still_parameter_shapes)
+    start = staticmethod(init_still_parameters)
 
     def forward(
         self,
@@ -69,55 +48,6 @@ class StillCompactor(nn.Module):
         """The block of compacted layer ``layer_idx``, differentiable; the other arguments as in ``ops.still_compaction``."""
         params = dict(self.layers[layer_idx].items())
         return CompactBlock(*still_compaction(keys, values, params, self.config, rope, positions, backend=backend))
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes parameters, config and fingerprint to one safetensors file, atomically."""
-        header = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "config": self.config.to_dict(),
-            "num_layers": len(self.layers),
-            "fingerprint": self.fingerprint,
-            "info": self.info,
-        }
-        save_safetensors(Path(path), dict(self.named_parameters()), {FORMAT: json.dumps(header)})
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike, spec: ModelSpec | None = None, check_weights: bool = True
-    ) -> "StillCompactor":
-        """Reads what :meth:`save` wrote.
-
-        Args:
-            spec: of the model that will use it, which must be the one that it was trained for; None skips the check.
-            check_weights: False compares everything but the digest of the model's weights (a fine-tuned sibling).
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated or damaged, of a newer format or for another model.
-        """
-        header, tensors = load_safetensors(path, FORMAT, FORMAT_VERSION)
-        try:
-            config = StillConfig(**header["config"])
-            shapes = still_parameter_shapes(config)
-            wanted = {f"layers.{i}.{n}": s for i in range(header["num_layers"]) for n, s in shapes.items()}
-            found = {name: tuple(x.shape) for name, x in tensors.items()}
-            if wanted != found:
-                wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-                raise ValueError(f"{len(wrong)} tensors do not fit its config, {wrong[0]} the first")
-            if not all(x.isfinite().all() for x in tensors.values()):
-                raise ValueError("its parameters hold NaN or infinities")
-            compactor = cls(config, header["num_layers"], header["fingerprint"], header["info"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        compactor.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
-        if spec is not None:
-            compactor.check_model(spec, f"{path}", check_weights)
-        return compactor
-
-    def check_model(self, spec: ModelSpec, where: str = "the compactor", check_weights: bool = True) -> None:
-        """Raises ValueError unless these are parameters for the model of ``spec``."""
-        check_trained_for(spec, self.fingerprint, len(self.layers), where, check_weights)
 
 
 @register_method
@@ -298,7 +228,7 @@ def load_weights(path: str | os.PathLike) -> StillCompactor | TokenSelector:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or neither a compactor nor a selector.
     """
-    if SELECTOR_FORMAT in safetensors_formats(path):
+    if TokenSelector.file_format in safetensors_formats(path):
         return TokenSelector.load(path)
     return StillCompactor.load(path)
 
