@@ -20,6 +20,7 @@ from ._checks import check_int
 from .layer_networks import LayerNetworks
 from .model_spec import ModelSpec
 
+MAX_QUERIES = 8192  # of the context's own, per KV head: what a selector was trained with it is used with
 _SMALLEST = 1e-7  # of an attention probability whose logarithm is taken
 
 

@@ -18,14 +18,14 @@ from ..reference import matching
 from ..reference.selection import top_tokens
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
-from ..token_selector import TokenSelector
+from ..token_selector import MAX_QUERIES, TokenSelector
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .attention_matching import fit_slots, queries_from_behind
 from .base import LayerInput, Method, register_method
 
 IDENTITY = "identity"
 WEIGHTS = Path(__file__).parent.parent / "weights"
-_MAX_QUERIES, _BETA_LIMIT = 8192, 7.0
+_BETA_LIMIT = 7.0
 
 
 class StillCompactor(LayerNetworks):
@@ -108,6 +108,7 @@ class Still(Method):
         self.mass_ridge = check_share("mass_ridge", self.mass_ridge, minimum=1e-8)
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
         self._trained: StillCompactor | TokenSelector | None = None
+        self._prepared: dict[str, Any] | None = None
         self._untrained: dict[StillConfig, dict[str, Tensor]] = {}
         if self.weights not in (None, IDENTITY):
             if self.config:
@@ -143,7 +144,8 @@ class Still(Method):
             ValueError: the weights were trained for another model.
         """
         if self.weights is None and not self.config:
-            self._trained = packaged_selector(spec)
+            if self._prepared != spec.fingerprint:
+                self._trained, self._prepared = packaged_selector(spec), dict(spec.fingerprint)
         elif self._trained is not None:
             self._trained.check_model(spec, f"weights {self.weights}", self.check_weights)
 
@@ -187,7 +189,7 @@ class Still(Method):
                 "ask for more slots or larger chunks"
             )
         selector = self._trained.to(layer.keys.device)
-        queries = queries_from_behind(layer, _MAX_QUERIES)
+        queries = queries_from_behind(layer, MAX_QUERIES)
         outputs, lse, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
         keys = layer.rope.unrotate(layer.keys, layer.positions)
         scores = selector.scores(layer.layer_idx, keys, layer.values, attention, self.recall_weight)

@@ -29,7 +29,7 @@ from ..patch.families import decoder, model_spec
 from ..patch.model import compact
 from ..patch.session import CompactSession
 from ..reference import matching
-from ..token_selector import SelectorConfig, TokenSelector, token_features
+from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
 from ..version import __version__
 from .common import check_output, frozen, machine
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
@@ -37,7 +37,6 @@ from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, tra
 from .questions import add_questions
 
 FORMAT, FORMAT_VERSION = "kvcompact-selector-data", 1
-_MAX_QUERIES = 8192
 _MEASURED = 12  # examples that the features' mean and deviation are taken from
 
 
@@ -406,7 +405,7 @@ class _Capture(Method):
         self.layers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
-        queries = queries_from_behind(layer, _MAX_QUERIES)
+        queries = queries_from_behind(layer, MAX_QUERIES)
         _, _, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
         self.layers.append((layer.rope.unrotate(layer.keys, layer.positions), layer.values, attention))
         return CompactBlock(layer.keys.clone(), layer.values.clone())
