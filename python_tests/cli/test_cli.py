@@ -325,7 +325,10 @@ def test_a_closed_pipe_is_no_error():
 def test_ctrl_c_in_the_demo_keeps_the_rows(folder, tmp_path):
     """The process gets SIGINT once rows are on disk: it ends with 130 and they, and the picture, are there."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kvcompact_kernels.cli", "demo", "--model", str(folder), "--out", str(out)]
+    # a shell's background jobs ignore SIGINT, and what they start inherits that
+    run = "import signal, sys; from kvcompact_kernels.cli import main; "
+    run += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", run, "demo", "--model", str(folder), "--out", str(out)]
     command += ["--tokens", "700", "--needles", "2", "--methods", "full,snapkv", "--dtype", "float32"]
     command += ["--ratios", ",".join(f"{2 + i / 100:.2f}" for i in range(800))]  # more than it can do meanwhile
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
