@@ -234,7 +234,8 @@ def test_packaged_weights_are_found_by_the_models_shape(tmp_path, monkeypatch):
     for other in (get_method("still", weights="identity"), get_method("still", config={"num_blocks": 1})):
         other.prepare(make_spec())
         assert other.queries_needed == 0 and other.compact_layer(make_layer(), 9).num_slots == 9
-    method.prepare(make_spec(family="qwen3"))  # another model, without weights: the identity start
+    with pytest.warns(UserWarning, match="untrained: train some with `kvcompact train selector`"):
+        method.prepare(make_spec(family="qwen3"))  # another model, without weights: the identity start
     assert method.queries_needed == 0
 
 

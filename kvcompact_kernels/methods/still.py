@@ -2,6 +2,7 @@
 """``still``: a small network per layer turns T tokens into t slots in one forward pass."""
 
 import os
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ class Still(Method):
 
     Attributes:
         weights: file that ``TokenSelector.save`` or ``StillCompactor.save`` wrote. None takes the selector that comes with
-            the package where there is one for the model (SmolLM2-135M-Instruct), else "identity": a Perceiver at its
-            identity-style initialisation, in which each slot averages the tokens nearest to it, a starting point for
-            training and a check of the machinery.
+            the package where there is one for the model (SmolLM2-135M-Instruct), else, with a warning, "identity": a
+            Perceiver at its identity-style initialisation, in which each slot averages the tokens nearest to it, a starting
+            point for training and a check of the machinery.
         chunk: compact chunks of about so many tokens by themselves, each to its share of the slots (the iterative mode);
             None takes the context at once.
         config: fields of ``StillConfig`` for the identity initialisation, except slots, head_dim and num_kv_heads. Unlike
@@ -146,6 +147,12 @@ class Still(Method):
         if self.weights is None and not self.config:
             if self._prepared != spec.fingerprint:
                 self._trained, self._prepared = packaged_selector(spec), dict(spec.fingerprint)
+                if self._trained is None:
+                    warnings.warn(
+                        "the package has no weights of method 'still' for this model, so it is untrained: train some with "
+                        "`kvcompact train selector` and name them with weights=, or say weights='identity'",
+                        stacklevel=2,
+                    )
         elif self._trained is not None:
             self._trained.check_model(spec, f"weights {self.weights}", self.check_weights)
 
