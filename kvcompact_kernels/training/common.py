@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..patch import is_patched, patch_model, unpatch_model
+from ..version import __version__
 
 
 @contextmanager
@@ -48,3 +49,24 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def training_note(run: Any, loop: Any, options: Any, data: dict[str, Any], corpus: Any, device: torch.device) -> dict:
+    """What a trained file says of how it came about, as JSON values.
+
+    Args:
+        run, loop: the ``TrainResult`` and ``LoopConfig``.
+        options: with ``to_dict``.
+        data: its identity.
+        corpus: the texts.
+    """
+    return {
+        "version": __version__,
+        "steps": run.step,
+        "finished": run.finished,
+        "held_out": run.evaluation,
+        "options": options.to_dict(),
+        "loop": loop.identity(),
+        "data": data | {"train_tokens": corpus.train.ids.numel(), "documents": corpus.documents},
+        "trained_on": machine(device),
+    }

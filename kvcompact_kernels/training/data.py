@@ -174,7 +174,7 @@ class Corpus:
         if tokenizer is None and any(isinstance(text, str) for _, text in texts):
             raise ValueError("tokenizer must be given, for the data are texts and not token ids")
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.digest = digest_of(texts)
+        self.digest, self.documents = digest_of(texts), len(texts)
         self.form = None if tokenizer is None else prompt_format(tokenizer)
         self.can_chat = self.form is not None and self.form.chat
         self.plain = PromptFormat("", "", "", False)

@@ -30,8 +30,7 @@ from ..patch.model import compact
 from ..patch.session import CompactSession
 from ..reference import matching
 from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
-from ..version import __version__
-from .common import check_output, frozen, machine
+from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
 from .questions import add_questions
@@ -193,21 +192,12 @@ def train_selector(
         loop,
         folder,
         identity=identity | {"selector": config.to_dict()},
-        evaluate=trainer.evaluate if options.held_out_examples else None,
+        evaluate=trainer.evaluate if corpus.held.ids.numel() and options.held_out_examples else None,
         progress=progress,
         description="selector",
         shown="loss",
     )
-    selector.info = {
-        "version": __version__,
-        "steps": run.step,
-        "finished": run.finished,
-        "held_out": run.evaluation,
-        "options": options.to_dict(),
-        "loop": loop.identity(),
-        "data": identity["data"] | {"train_tokens": corpus.train.ids.numel(), "documents": len(texts)},
-        "trained_on": machine(device),
-    }
+    selector.info = training_note(run, loop, options, identity["data"], corpus, device)
     selector.save(out, torch.bfloat16)
     return SelectorResult(selector, out, run)
 

@@ -31,8 +31,7 @@ from ..patch.families import decoder, model_spec
 from ..patch.model import compact
 from ..patch.session import CompactSession
 from ..still_config import StillConfig
-from ..version import __version__
-from .common import check_output, frozen, machine
+from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Example, Recipe, collate, make_example, read_texts, tail_means
 from .distill import RESTS, Targets, distillation_loss, hidden_states, teacher_targets
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
@@ -242,18 +241,8 @@ def train_still(
             progress=progress,
             description="still",
         )
-    compactor.info = {
-        **compactor.info,
-        "version": __version__,
-        "steps": run.step,
-        "finished": run.finished,
-        "held_out": run.evaluation,
-        "options": options.to_dict(),
-        "loop": loop.identity(),
-        "data": identity["data"] | {"train_tokens": corpus.train.ids.numel(), "documents": len(texts)},
-        "chunk_tokens": plans.describe(),
-        "trained_on": machine(device),
-    }
+    note = training_note(run, loop, options, identity["data"], corpus, device)
+    compactor.info = {**compactor.info, **note, "chunk_tokens": plans.describe()}
     compactor.save(out)
     return StillResult(compactor, out, run)
 

@@ -84,6 +84,11 @@ def test_resume_ends_with_the_same_bits(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_nothing_held_out_is_no_figures(tmp_path):
+    result = trained(tmp_path / "a.safetensors", options=SelectorOptions(**{**OPTIONS.to_dict(), "held_out": 0.0}))
+    assert result.run.finished and result.run.evaluation is None
+
+
 def test_contexts_are_read_once(tmp_path, monkeypatch):
     trained(tmp_path / "a.safetensors")
     from kvcompact_kernels.training import selector
