@@ -25,30 +25,52 @@ _SMALLEST = 1e-7  # of an attention probability whose logarithm is taken
 
 
 @dataclass(frozen=True)
-class SelectorConfig:
-    """Sizes of the network, and what is made of its two answers.
+class ReaderConfig:
+    """Sizes of a network that reads tokens and their neighbours: what ``SelectorConfig`` and ``DistillerConfig`` share.
 
     Attributes:
         head_dim, num_kv_heads: d and Hkv of the model.
         hidden: width of the network.
         kernel: tokens that the middle layer mixes, odd: a fact is more than one token.
-        trust: in [0, 1]: how far the continuation's attention is the network's answer, and not that of the context's own
-            queries (a geometric mean of both, scaled alike): less than 1 is safer on texts unlike those of the training.
-        recall_weight: weight of the attention that questions are expected to give, beside 1 for the continuation's.
     """
 
     head_dim: int
     num_kv_heads: int
     hidden: int = 96
     kernel: int = 9
-    trust: float = 0.5
-    recall_weight: float = 1.0
 
     def __post_init__(self):
         for name in ("head_dim", "num_kv_heads", "hidden", "kernel"):
             check_int(name, getattr(self, name), minimum=1)
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that it has a middle; got {self.kernel}")
+
+    @property
+    def features(self) -> int:
+        """Numbers per token that the network reads: keys, values, three figures per head, two of the place."""
+        return self.num_kv_heads * (2 * self.head_dim + 3) + 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values; calling the class with them is the inverse."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SelectorConfig(ReaderConfig):
+    """Sizes of the network, and what is made of its two answers.
+
+    Attributes:
+        head_dim, num_kv_heads, hidden, kernel: see :class:`ReaderConfig`.
+        trust: in [0, 1]: how far the continuation's attention is the network's answer, and not that of the context's own
+            queries (a geometric mean of both, scaled alike): less than 1 is safer on texts unlike those of the training.
+        recall_weight: weight of the attention that questions are expected to give, beside 1 for the continuation's.
+    """
+
+    trust: float = 0.5
+    recall_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
         for name in ("trust", "recall_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -58,18 +80,10 @@ class SelectorConfig:
         if not 0 < self.recall_weight < math.inf:
             raise ValueError(f"recall_weight must be finite and above 0, got {self.recall_weight}")
 
-    @property
-    def features(self) -> int:
-        """Numbers per token that the network reads: keys, values, three figures per head, two of the place."""
-        return self.num_kv_heads * (2 * self.head_dim + 3) + 2
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values; ``SelectorConfig(**d)`` is the inverse."""
-        return asdict(self)
-
-
-def _shapes(config: SelectorConfig) -> dict[str, tuple[int, ...]]:
-    heads, hidden, features = config.num_kv_heads, config.hidden, config.features
+def reader_shapes(config: ReaderConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the parameters that :meth:`TokenReader.read` uses in one layer."""
+    hidden, features = config.hidden, config.features
     return {
         "mean": (features,),
         "deviation": (features,),
@@ -78,16 +92,13 @@ def _shapes(config: SelectorConfig) -> dict[str, tuple[int, ...]]:
         "mix_weight": (hidden, config.kernel),
         "mid_weight": (hidden, hidden),
         "mid_bias": (hidden,),
-        "out_weight": (2 * heads, hidden),
-        "out_bias": (2 * heads,),
-        "attention_weight": (2 * heads,),
     }
 
 
-def _start(config: SelectorConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """The continuation's attention starts as that of the reference queries, the questions' as a flatter, smaller one."""
+def start_reader(config: ReaderConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """The initial values of these parameters: features as they are, no mixing of neighbours."""
     made = {}
-    for name, shape in _shapes(config).items():
+    for name, shape in reader_shapes(config).items():
         value = torch.zeros(shape)
         if name in ("in_weight", "mid_weight"):
             value.normal_(0.0, shape[-1] ** -0.5, generator=generator)
@@ -95,13 +106,32 @@ def _start(config: SelectorConfig, generator: torch.Generator | None) -> dict[st
             value[:, config.kernel // 2] = 1.0
         elif name == "deviation":
             value.fill_(1.0)
-        elif name == "out_bias":
-            value[config.num_kv_heads :] = -3.0
-        elif name == "attention_weight":
-            value[: config.num_kv_heads] = 1.0
-            value[config.num_kv_heads :] = 0.5
         made[name] = value
     return made
+
+
+def _shapes(config: SelectorConfig) -> dict[str, tuple[int, ...]]:
+    heads = config.num_kv_heads
+    return reader_shapes(config) | {
+        "out_weight": (2 * heads, config.hidden),
+        "out_bias": (2 * heads,),
+        "attention_weight": (2 * heads,),
+    }
+
+
+def _start(config: SelectorConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
+    """The continuation's attention starts as that of the reference queries, the questions' as a flatter, smaller one."""
+    heads = config.num_kv_heads
+    return start_reader(config, generator) | {
+        "out_weight": torch.zeros(2 * heads, config.hidden),
+        "out_bias": torch.tensor([0.0] * heads + [-3.0] * heads),
+        "attention_weight": torch.tensor([1.0] * heads + [0.5] * heads),
+    }
+
+
+def log_attention(attention: Tensor) -> Tensor:
+    """fp32 natural logarithm of attention probabilities, finite also where there is none."""
+    return (attention.float() + _SMALLEST).log()
 
 
 def token_features(keys: Tensor, values: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,28 +147,52 @@ def token_features(keys: Tensor, values: Tensor, attention: Tensor) -> tuple[Ten
     """
     batch, _, tokens, _ = keys.shape
     keys, values = keys.float(), values.float()
-    log_attention = (attention.float() + _SMALLEST).log()
+    logs = log_attention(attention)
     norms = [(x.norm(dim=-1) + 1e-6).log() for x in (keys, values)]
-    figures = torch.stack([*norms, log_attention + math.log(tokens)], -1)
+    figures = torch.stack([*norms, logs + math.log(tokens)], -1)
     place = torch.arange(tokens, dtype=torch.float32, device=keys.device)
     place = torch.stack([(tokens - place).log(), (place + 1).log()], -1).expand(batch, tokens, 2)
     parts = [x.transpose(1, 2).reshape(batch, tokens, -1) for x in (keys, values, figures)]
-    return torch.cat([*parts, place], -1), log_attention
+    return torch.cat([*parts, place], -1), logs
 
 
-class TokenSelector(LayerNetworks):
-    """The network for every compacted layer of one model; arguments and files as for :class:`LayerNetworks`."""
-
-    file_format = "kvcompact-selector"
-    config_type = SelectorConfig
-    shapes = staticmethod(_shapes)
-    start = staticmethod(_start)
+class TokenReader(LayerNetworks):
+    """Networks that read tokens, each with its neighbours; arguments and files as for :class:`LayerNetworks`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         for layer in self.layers:  # what features are measured in is set once, not learned
             layer["mean"].requires_grad_(False)
             layer["deviation"].requires_grad_(False)
+
+    def read(self, layer_idx: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What a layer's network makes of :func:`token_features`.
+
+        Returns:
+            ``(measured [B, T, features], hidden [B, T, hidden])``: the features with mean 0 and deviation 1 in texts like
+            those of the training, and what the network knows of each token.
+        """
+        p, config = self.layers[layer_idx], self.config
+        measured = (features - p["mean"]) / p["deviation"]
+        x = F.gelu(F.linear(measured, p["in_weight"], p["in_bias"]))
+        near = F.conv1d(
+            x.transpose(1, 2), p["mix_weight"][:, None], padding=config.kernel // 2, groups=config.hidden
+        ).transpose(1, 2)
+        return measured, x + F.gelu(F.linear(near, p["mid_weight"], p["mid_bias"]))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, spec: ModelSpec | None = None, check_weights: bool = True) -> "TokenReader":
+        """Reads what ``save`` wrote, in fp32 whatever the file's dtype; see :meth:`LayerNetworks.load`."""
+        return super().load(path, spec, check_weights).float()
+
+
+class TokenSelector(TokenReader):
+    """The network for every compacted layer of one model; arguments and files as for :class:`LayerNetworks`."""
+
+    file_format = "kvcompact-selector"
+    config_type = SelectorConfig
+    shapes = staticmethod(_shapes)
+    start = staticmethod(_start)
 
     def forward(self, layer_idx: int, features: Tensor, log_attention: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of the attention that each token is expected to get in compacted layer ``layer_idx``.
@@ -150,12 +204,7 @@ class TokenSelector(LayerNetworks):
             ``(continuation, recall)``, fp32 ``[B, Hkv, T]`` each: from queries of the text that follows, and from questions.
         """
         p, config = self.layers[layer_idx], self.config
-        x = (features - p["mean"]) / p["deviation"]
-        x = F.gelu(F.linear(x, p["in_weight"], p["in_bias"]))
-        near = F.conv1d(
-            x.transpose(1, 2), p["mix_weight"][:, None], padding=config.kernel // 2, groups=config.hidden
-        ).transpose(1, 2)
-        x = x + F.gelu(F.linear(near, p["mid_weight"], p["mid_bias"]))
+        _, x = self.read(layer_idx, features)
         out = F.linear(x, p["out_weight"], p["out_bias"]).transpose(1, 2)
         out = out + p["attention_weight"][:, None] * torch.cat([log_attention, log_attention], 1)
         return out[:, : config.num_kv_heads], out[:, config.num_kv_heads :]
@@ -175,10 +224,3 @@ class TokenSelector(LayerNetworks):
         continuation = torch.lerp(own, continuation, self.config.trust)
         weight = self.config.recall_weight if recall_weight is None else recall_weight
         return torch.logaddexp(continuation, recall + math.log(weight))
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike, spec: ModelSpec | None = None, check_weights: bool = True
-    ) -> "TokenSelector":
-        """Reads what ``save`` wrote, in fp32 whatever the file's dtype; see :meth:`LayerNetworks.load`."""
-        return super().load(path, spec, check_weights).float()

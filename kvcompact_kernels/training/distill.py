@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward KL from a teacher's distribution to a student's, over the tokens that matter and a few rows at a time.
+"""KL between a teacher's distribution and a student's, over the tokens that matter and a few rows at a time.
 
 Teacher and student are the same frozen model on different caches. What is kept of the teacher is its ``top_k`` tokens and
 the token that really came, per position (STILL, arXiv 2606.07878; Cartridges, arXiv 2506.06266): rows of the vocabulary's
@@ -96,9 +96,9 @@ def teacher_targets(model: nn.Module, hidden: Tensor, gold: Tensor, top_k: int =
 
 
 def distillation_loss(
-    model: nn.Module, hidden: Tensor, targets: Targets, *, rest: str = "lump", rows: int = 256
+    model: nn.Module, hidden: Tensor, targets: Targets, *, rest: str = "lump", reverse: float = 0.0, rows: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forward KL(teacher || student) at each position, and how the student did otherwise.
+    """KL(teacher || student) at each position, and how the student did otherwise.
 
     Args:
         model: its vocabulary head is used; the head's own parameters get no gradient unless they require one.
@@ -106,6 +106,7 @@ def distillation_loss(
         targets: of the same positions.
         rest: "lump": all other tokens count as one, which makes a lower bound of the full KL; "renormalise": both
             distributions are scaled to the kept tokens, as Cartridges' code does.
+        reverse: in [0, 1]: share of KL(student || teacher) in ``kl``, the rest being KL(teacher || student).
         rows: positions whose logits exist at a time.
 
     Returns:
@@ -114,36 +115,41 @@ def distillation_loss(
     """
     check_choice("rest", rest, RESTS)
     check_int("rows", rows, minimum=1)
+    if not 0 <= reverse <= 1:
+        raise ValueError(f"reverse must be in [0, 1], got {reverse}")
     if targets.ids.shape[0] != hidden.shape[0]:
         raise ValueError(f"targets are of {targets.ids.shape[0]} positions, hidden of {hidden.shape[0]}")
     parts = []
     for part, ids, logs in zip(hidden.split(rows), targets.ids.split(rows), targets.logs.split(rows)):
         if torch.is_grad_enabled() and part.requires_grad:
-            parts.append(checkpoint(_compare, model, part, ids, logs, rest, use_reentrant=False))
+            parts.append(checkpoint(_compare, model, part, ids, logs, rest, reverse, use_reentrant=False))
         else:
-            parts.append(_compare(model, part, ids, logs, rest))
+            parts.append(_compare(model, part, ids, logs, rest, reverse))
     kl, cross_entropy, right = zip(*parts)
     return torch.cat(kl), torch.cat(cross_entropy), torch.cat(right)
 
 
-def _compare(model: nn.Module, hidden: Tensor, ids: Tensor, logs: Tensor, rest: str) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(
+    model: nn.Module, hidden: Tensor, ids: Tensor, logs: Tensor, rest: str, reverse: float
+) -> tuple[Tensor, Tensor, Tensor]:
     student = vocabulary_logits(model, hidden).log_softmax(-1)
     kept = student.gather(1, ids)
     counted = logs > float("-inf")
     if rest == "renormalise":
-        logs = logs - logs.logsumexp(1, keepdim=True)
-        scaled = kept - kept.masked_fill(~counted, float("-inf")).logsumexp(1, keepdim=True)
-        kl = _divergence(logs, scaled, counted).sum(1)
+        p = logs - logs.logsumexp(1, keepdim=True)
+        q = kept - kept.masked_fill(~counted, float("-inf")).logsumexp(1, keepdim=True)
     else:
         # beyond the kept tokens little mass is left, and what 1 - sum loses to rounding must not become -inf
         smallest = 1e-6
-        other = (1 - logs.exp().sum(1)).clamp(min=smallest)
-        seen = (1 - (kept.exp() * counted).sum(1)).clamp(min=smallest)
-        kl = _divergence(logs, kept, counted).sum(1) + other * (other.log() - seen.log())
+        other = (1 - logs.exp().sum(1, keepdim=True)).clamp(min=smallest).log()
+        seen = (1 - (kept.exp() * counted).sum(1, keepdim=True)).clamp(min=smallest).log()
+        p, q = torch.cat([logs, other], 1), torch.cat([kept, seen], 1)
+        counted = torch.cat([counted, torch.ones_like(other, dtype=torch.bool)], 1)
+    # the mask keeps 0 * inf out of the backward pass
+    difference = p.masked_fill(~counted, 0.0) - q
+    weight = (1 - reverse) * p.exp()
+    if reverse:
+        weight = weight - reverse * q.exp()
+    kl = torch.where(counted, weight * difference, 0.0).sum(1)
     right = (student.argmax(1) == ids[:, -1]).float()
     return kl, -kept[:, -1], right.detach()
-
-
-def _divergence(logs: Tensor, other: Tensor, counted: Tensor) -> Tensor:
-    """p (log p - log q) entry by entry, 0 where p is; the mask keeps 0 * inf out of the backward pass."""
-    return torch.where(counted, logs.exp() * (logs.masked_fill(~counted, 0.0) - other), 0.0)

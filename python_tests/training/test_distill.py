@@ -54,11 +54,12 @@ def test_the_teachers_tokens_and_the_one_that_came(model):
 
 @pytest.mark.parametrize("rest", ["lump", "renormalise"])
 @pytest.mark.parametrize("top_k", [5, VOCABULARY])
-def test_loss_and_gradient_are_the_definitions_in_any_chunks(model, rest, top_k):
+@pytest.mark.parametrize("reverse", [0.0, 0.3, 1.0])
+def test_loss_and_gradient_are_the_definitions_in_any_chunks(model, rest, top_k, reverse):
     gold = torch.arange(3, 14)
     targets = teacher_targets(model, hidden_of(model, 1), gold, top_k)
     student = hidden_of(model, 2)
-    kl, cross_entropy, right = distillation_loss(model, student, targets, rest=rest, rows=4)
+    kl, cross_entropy, right = distillation_loss(model, student, targets, rest=rest, reverse=reverse, rows=4)
     # the definition: a distribution over the kept tokens and, lumped, one outcome for all others
     p_all = vocabulary_logits(model, hidden_of(model, 1)).double().softmax(-1).detach()
     q_all = vocabulary_logits(model, student).double().softmax(-1)
@@ -70,7 +71,7 @@ def test_loss_and_gradient_are_the_definitions_in_any_chunks(model, rest, top_k)
             p, q = p / p.sum(), q / q.sum()
         elif len(kept) < VOCABULARY:
             p, q = torch.cat([p, 1 - p.sum()[None]]), torch.cat([q, 1 - q.sum()[None]])
-        wanted.append((p * (p / q).log()).sum())
+        wanted.append((1 - reverse) * (p * (p / q).log()).sum() + reverse * (q * (q / p).log()).sum())
     assert torch.allclose(kl.double(), torch.stack(wanted), atol=2e-5)
     assert (kl >= -1e-5).all()
     assert torch.allclose(cross_entropy.double(), -q_all[torch.arange(11), gold].log(), atol=1e-5)
@@ -86,9 +87,10 @@ def test_a_perfect_student_has_no_loss_and_a_sure_teacher_gives_finite_gradients
     kl, _, _ = distillation_loss(model, hidden, targets)
     assert kl.abs().max() < 1e-5
     sure = Targets(targets.ids, torch.full_like(targets.logs, -float("inf")).index_fill(1, torch.tensor(0), 0.0))
-    kl, _, _ = distillation_loss(model, hidden, sure)
-    (gradient,) = torch.autograd.grad(kl.sum(), hidden)
-    assert gradient.isfinite().all() and kl.isfinite().all()
+    for reverse in (0.0, 0.5):
+        kl, _, _ = distillation_loss(model, hidden, sure, reverse=reverse)
+        (gradient,) = torch.autograd.grad(kl.sum(), hidden)
+        assert gradient.isfinite().all() and kl.isfinite().all()
 
 
 def test_bad_arguments(model):
@@ -96,6 +98,8 @@ def test_bad_arguments(model):
     targets = teacher_targets(model, hidden, torch.arange(11), 3)
     with pytest.raises(ValueError, match="rest must be one of"):
         distillation_loss(model, hidden, targets, rest="drop")
+    with pytest.raises(ValueError, match=r"reverse must be in \[0, 1\], got 1.5"):
+        distillation_loss(model, hidden, targets, reverse=1.5)
     with pytest.raises(ValueError, match="targets are of 11 positions, hidden of 5"):
         distillation_loss(model, hidden[:5], targets)
     with pytest.raises(ValueError, match="at least one position"):
