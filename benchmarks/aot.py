@@ -261,18 +261,20 @@ def _pack_cases(arch: str) -> Iterator[Case]:
     from kvcompact_kernels.backends.triton import pack, runtime
 
     for head_dim, element in ((64, "bf16"), (96, "fp16"), (128, "bf16"), (128, "fp32"), (256, "bf16")):
-        yield Case(
-            "pack_slots",
-            f"d{head_dim} {element} {pack.ROWS} w4",
-            arch,
-            "pack",
-            {"HEAD_DIM": head_dim, "D": runtime.padded_dim(head_dim), "BM": pack.ROWS},
-            {**dict.fromkeys(("K", "V", "OutK", "OutV"), f"*{element}"), "Indices": "*i64"},
-            4,
-            3,
-            ("s_in",),
-            tensor_cores=False,
-        )
+        for layers in (0, 1):
+            tile = {"HEAD_DIM": head_dim, "D": runtime.padded_dim(head_dim), "BM": pack.ROWS}
+            yield Case(
+                "pack_slots",
+                f"d{head_dim} {element} {pack.ROWS} w4{' layers' if layers else ''}",
+                arch,
+                "pack",
+                {**tile, "LAYERS": layers, "ALIGNED": layers},
+                {**dict.fromkeys(("K", "V", "OutK", "OutV"), f"*{element}"), "Indices": "*i64", "Table": "*i64"},
+                4,
+                3,
+                () if layers else ("s_in",),
+                tensor_cores=False,
+            )
 
 
 def _key_scores_cases(arch: str, table: dict[str, list[dict]]) -> Iterator[Case]:
@@ -444,7 +446,14 @@ def compile_case(case: Case) -> dict[str, str | int]:
         sources = "".join((ROOT / "csrc" / name).read_text() for name in CUDA_SOURCES)
         identity = f"{sources}{case}{_nvcc_version()}{inspect.getsource(_compile_cuda)}"
         return _from_cache(identity, lambda: _compile_cuda(case.arch)[case.kernel, case.config])
-    modules = {"common", "still_cross_attention", case.module} if "still" in case.module else {"common", case.module}
+    shared = (
+        {"still_cross_attention", "layers"}
+        if "still" in case.module
+        else {"layers"}
+        if "pack" in case.module
+        else set()
+    )
+    modules = {"common", case.module, *shared}
     source = "".join((KERNELS / f"{name}.py").read_text() for name in sorted(modules))
     method = inspect.getsource(_source) + inspect.getsource(_compile)
     return _from_cache(f"{source}{case}{triton.__version__}{method}", lambda: _compile(case))

@@ -30,6 +30,24 @@ def check_tensor(
     return value
 
 
+def check_layers(**lists: object) -> int:
+    """The common length of lists (or tuples) with an entry a layer; None stands for a list that was left out."""
+    first, count = "", 0
+    for name, value in lists.items():
+        if value is None:
+            continue
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(
+                f"{name} must be a list with an entry a layer, as {first or 'others'}, got {type(value).__name__}"
+            )
+        if not value:
+            raise ValueError(f"{name} must hold at least one layer, got an empty list")
+        if first and len(value) != count:
+            raise ValueError(f"{name} must hold {count} layers, as {first} does, got {len(value)}")
+        first, count = first or name, len(value)
+    return count
+
+
 def check_int(name: str, value: object, *, minimum: int, maximum: int | None = None) -> int:
     """Returns ``value`` when it is a whole number in ``[minimum, maximum]``."""
     if isinstance(value, bool) or not isinstance(value, int):

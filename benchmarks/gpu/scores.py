@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key scores of a long context against a causal SDPA forward pass of the same shape (which gives no scores), and packing."""
+"""Key scores of a long context against a causal SDPA forward pass of the same shape (which gives no scores), and packing,
+of one layer and of all layers of a model."""
 
 from __future__ import annotations
 
@@ -68,24 +69,42 @@ def measure(bench: Bench, case: Case) -> None:
     )
 
 
-def packing(bench: Bench, tokens: int, slots: int) -> None:
+def packing(bench: Bench, layers: int, tokens: int, slots: int) -> None:
+    """All layers in one launch, beside a launch each, and two gathers each."""
     dtype = torch.float32 if bench.smoke else torch.bfloat16
-    keys, values = (torch.empty(1, 8, tokens, 128, dtype=dtype, device=bench.device).normal_() for _ in range(2))
-    kept = torch.rand(1, 8, tokens, device=bench.device).topk(slots).indices.sort().values
-    index = kept[..., None].expand(-1, -1, -1, 128)
-    wanted = keys.gather(2, index), values.gather(2, index)
+    shape = (1, 8, tokens, 128)
+    keys, values = (
+        [torch.empty(shape, dtype=dtype, device=bench.device).normal_() for _ in range(layers)] for _ in "kv"
+    )
+    kept = [torch.rand(shape[:3], device=bench.device).topk(slots).indices.sort().values for _ in range(layers)]
+    index = [x[..., None].expand(-1, -1, -1, 128) for x in kept]
     name = "torch" if bench.device == "cpu" else "triton"
 
+    def gathered() -> list:
+        return [x.gather(2, i) for x, i in zip([*keys, *values], [*index, *index])]
+
+    def at_once() -> list:
+        return [x for half in pack_slots(keys, values, kept, backend=name) for x in half]
+
+    def one_by_one() -> list:
+        pairs = [pack_slots(*layer, backend=name) for layer in zip(keys, values, kept)]
+        return [x for pair in zip(*pairs) for x in pair]
+
+    ours = {name: at_once}
+    if layers > 1:
+        ours[f"{name}, layer by layer"] = one_by_one
+    wanted = gathered()
+
     def same() -> None:
-        for x, y in zip(pack_slots(keys, values, kept, backend=name), wanted):
-            if not torch.equal(x, y):
-                raise AssertionError("packed slots differ from the gathered ones")
+        for call in ours.values():
+            for x, y in zip(call(), wanted):
+                if not torch.equal(x, y):
+                    raise AssertionError("packed slots differ from the gathered ones")
 
     bench.verify(same)
-    ours = {name: lambda: pack_slots(keys, values, kept, backend=name)}
-    peers = {"two gathers": lambda: (keys.gather(2, index), values.gather(2, index))}
-    work = Work(2.0 * (wanted[0].nbytes + wanted[1].nbytes) + kept.nbytes, 0.0)
-    bench.record("pack_slots", f"pack 8x128 {tokens}->{slots}", dtype, bench.time(ours, peers), ours, work)
+    work = Work(2.0 * sum(x.nbytes for x in wanted) + sum(x.nbytes for x in kept), 0.0)
+    shown = f"pack {f'{layers} layers ' if layers > 1 else ''}8x128 {tokens}->{slots}"
+    bench.record("pack_slots", shown, dtype, bench.time(ours, {"two gathers": gathered}), ours, work)
 
 
 def run(bench: Bench) -> None:
@@ -93,5 +112,5 @@ def run(bench: Bench) -> None:
         if bench.smoke:
             case = Case("SmolLM2-135M", 40, min(case.query_len, 40), torch.float32)
         bench.attempt(f"key scores, {case.tokens}, {case.query_len} queries", measure, bench, case)
-    tokens, slots = (64, 8) if bench.smoke else (131072, 16384)
-    bench.attempt("packing", packing, bench, tokens, slots)
+    for layers, tokens, slots in ((1, 64, 8), (3, 24, 4)) if bench.smoke else ((1, 131072, 16384), (36, 8192, 1024)):
+        bench.attempt(f"packing, {layers} layers", packing, bench, layers, tokens, slots)

@@ -4,10 +4,11 @@
 Every op registers its backends in order of preference. A backend's ``supports`` and ``run`` take the op's normalised
 arguments; ``supports`` returns None when the backend can run them, else the reason why it cannot. ``declines``, where a
 backend has one, returns the reason why it does not take a call that it could run unless it is asked for by name.
-``backward``, where a backend has one, takes the gradients, the outputs and the same arguments.
+``backward``, where a backend has one, takes the gradients, the outputs and the same arguments. ``run_layers``, where a backend
+has one, takes a list of such arguments, one a layer, and serves them together; the op says what it returns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ class Backend:
     run: Callable[..., Any]
     declines: Callable[..., str | None] | None = None
     backward: Callable[..., Any] | None = None
+    run_layers: Callable[..., Any] | None = None
 
     def refusal(self, args: tuple) -> str | None:
         """Why ``"auto"`` does not take this backend for these arguments, or None."""
@@ -74,6 +76,20 @@ def select(op: str, requested: str, args: tuple) -> Backend:
             return backend
     reasons = "; ".join(f"{b.name}: {b.refusal(args)}" for b in _BACKENDS[op])
     raise BackendUnavailableError(f"{op}: no backend can run this call ({reasons})")
+
+
+def select_for_layers(op: str, requested: str, layers: Sequence[tuple]) -> Backend:
+    """One backend for the calls of all layers: as :func:`select`, but it must take every one of them."""
+    found = [select(op, requested, args) for args in layers]
+    # the one that is preferred least: what refused some layer stands before it
+    chosen = max(found, key=_BACKENDS[op].index)
+    for i, args in enumerate(layers):
+        reason = None if found[i] is chosen else chosen.supports(*args)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"{op}: no backend takes all layers: {chosen.name} cannot run layer {i}: {reason}"
+            )
+    return chosen
 
 
 def select_backward(op: str, args: tuple) -> Backend:

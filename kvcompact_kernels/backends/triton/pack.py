@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing on the GPU: keys and values of a layer in one launch, bound by the bytes that it moves."""
+"""Packing on the GPU: keys and values of all layers in one launch, bound by the bytes that it moves."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,29 +25,50 @@ declines = runtime.declines_cpu
 
 def run(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Packed keys and values ``[B, Hkv, t, d]``."""
+    return run_layers([(keys, values, indices)])[0]
+
+
+def run_layers(layers: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The same for layers that agree in all but their tokens and slots: one launch, results in memory of their own each."""
     from .kernels import pack as kernels
 
-    batch, kv_heads, tokens, head_dim = keys.shape
-    slots = indices.shape[-1]
-    packed = [torch.empty(batch, kv_heads, slots, head_dim, dtype=keys.dtype, device=keys.device) for _ in range(2)]
-    if packed[0].numel() == 0:
-        return tuple(packed)
-    strides = [0, 0, indices.stride(0)] if indices.ndim == 1 else [*runtime.strides(indices, 2), indices.stride(2)]
-    with runtime.on_device(keys):
-        kernels.pack_slots[(batch * kv_heads * -(-slots // ROWS),)](
-            keys,
-            values,
-            indices,
-            *packed,
-            *runtime.strides(keys, 3),
-            *runtime.strides(values, 3),
-            *strides,
-            tokens,
-            slots,
+    if torch.compiler.is_compiling() and len(layers) > 1:  # there are no addresses yet
+        return [run(*layer) for layer in layers]
+    first = layers[0][0]
+    batch, kv_heads, _, head_dim = first.shape
+    like = {"dtype": first.dtype, "device": first.device}
+    shapes = [(batch, kv_heads, indices.shape[-1], head_dim) for _, _, indices in layers]
+    packed = [(torch.empty(shape, **like), torch.empty(shape, **like)) for shape in shapes]
+    todo = [(*layer, *outputs) for layer, outputs in zip(layers, packed) if outputs[0].numel()]
+    if not todo:
+        return packed
+    sizes = [_sizes(*layer[:3]) for layer in todo]
+    many, aligned, table = len(todo) > 1, False, todo[0][2]
+    if many:
+        addresses = [[x.data_ptr() for x in layer] for layer in todo]
+        aligned = all(runtime.aligned((*a[:2], *a[3:]), s[:6]) for a, s in zip(addresses, sizes))
+        table = runtime.device_table([a + s for a, s in zip(addresses, sizes)], first.device)
+    tiles = -(-max(s[-1] for s in sizes) // ROWS)
+    with runtime.on_device(first):
+        kernels.pack_slots[(len(todo) * batch * kv_heads * tiles,)](
+            *todo[0],
+            table,
+            *([0] * 11 if many else sizes[0]),
             kv_heads,
+            batch * kv_heads,
+            tiles,
             HEAD_DIM=head_dim,
             D=runtime.padded_dim(head_dim),
             BM=ROWS,
+            LAYERS=many,
+            ALIGNED=aligned,
             num_warps=4,
         )
-    return tuple(packed)
+    return packed
+
+
+def _sizes(keys: Tensor, values: Tensor, indices: Tensor) -> list[int]:
+    """A layer's strides, tokens and slots, as the kernel takes them."""
+    strides = [0, 0, indices.stride(0)] if indices.ndim == 1 else [*runtime.strides(indices, 2), indices.stride(2)]
+    tensors = (*runtime.strides(keys, 3), *runtime.strides(values, 3))
+    return [*tensors, *strides, keys.shape[2], indices.shape[-1]]

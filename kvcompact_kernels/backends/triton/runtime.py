@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import re
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,9 @@ MIN_VERSION = (3, 5)
 # What a block may use on an sm_90 with the opt-in limit; smaller devices get the tiles of sm80.json.
 LARGE_SHARED_BYTES = 227 * 1024
 SMALL_SHARED_BYTES = 163 * 1024  # an sm_80; consumer cards of later generations allow only 99 KiB
+ARENA_BYTES = 8 << 20  # some 1,700 captured launches of 36 layers
+_ARENA: list = []  # pinned memory, and the number of its elements that graphs hold
+_ARENA_LOCK = threading.Lock()
 SIMULATED_SMS = 4  # what the interpreter plans for: a few programs, so that splits are exercised
 
 
@@ -150,3 +155,36 @@ def strides(tensor: Tensor | None, dims: int) -> list[int]:
     if tensor is None:
         return [0] * dims
     return [0 if tensor.shape[i] == 1 else tensor.stride(i) for i in range(dims)]
+
+
+def aligned(addresses: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a layer's row of a table keeps the promise of ``kernels/layers.py``."""
+    return not any(x % 16 for x in (*addresses, *strides))
+
+
+def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of 64-bit integers in the device's memory, without waiting for it.
+
+    A graph that is being captured copies them at each replay, from host memory that is kept for as long as the process
+    lives: a few KiB of a small arena, which a call outside of any capture has made.
+
+    Raises:
+        RuntimeError: the first call of all is captured, or the arena is full.
+    """
+    values = torch.tensor(rows, dtype=torch.int64)
+    if device.type == "cpu":
+        return values
+    with _ARENA_LOCK:
+        if not _ARENA:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("a launch for many layers must run once before it is captured in a CUDA graph")
+            _ARENA.extend((torch.empty(ARENA_BYTES // 8, dtype=torch.int64, pin_memory=True), 0))
+        if not torch.cuda.is_current_stream_capturing():
+            return values.pin_memory().to(device, non_blocking=True)
+        start, end = _ARENA[1], _ARENA[1] + values.numel()
+        if end > _ARENA[0].numel():
+            raise RuntimeError(
+                f"graphs hold tables of layers in {ARENA_BYTES >> 20} MiB of pinned memory, which is full"
+            )
+        _ARENA[1] = end
+    return _ARENA[0][start:end].view(values.shape).copy_(values).to(device, non_blocking=True)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: rows of keys and values by index, in one launch."""
+"""Packing: rows of keys and values by index, of all layers in one launch."""
 
 import triton
 import triton.language as tl
 
+from .layers import table_pointer, table_row, table_stride
 
-@triton.jit(do_not_specialize=["tokens", "slots", "kv_heads", "s_ib", "s_ih"])
+COLUMNS = tl.constexpr(16)  # of a layer's row: five addresses, nine strides, tokens, slots
+
+
+@triton.jit(do_not_specialize=["tokens", "slots", "kv_heads", "pairs", "tiles", "s_ib", "s_ih"])
 def pack_slots(
     K,
     V,
     Indices,
     OutK,
     OutV,
+    Table,
     s_kb,
     s_kh,
     s_kn,
@@ -24,13 +29,39 @@ def pack_slots(
     tokens,
     slots,
     kv_heads,
+    pairs,
+    tiles,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """``OutK, OutV [B, Hkv, slots, d]``, contiguous: a tile of slots of one head. An index outside of the tokens gives NaN."""
-    tiles = tl.cdiv(slots, BM)
+    """``OutK, OutV [B, Hkv, slots, d]``, contiguous: a tile of slots of one head. An index outside of the tokens gives NaN.
+
+    ``pairs`` are a layer's pairs of a request and a head, ``tiles`` those of the layer with the most slots. With ``LAYERS``
+    everything else that differs by layer comes from the table.
+    """
     pid = tl.program_id(0)
+    if LAYERS:
+        row = table_row(Table, pid // (pairs * tiles), COLUMNS)
+        pid = pid % (pairs * tiles)
+        K = table_pointer(row, 0, K, ALIGNED)
+        V = table_pointer(row, 1, V, ALIGNED)
+        Indices = table_pointer(row, 2, Indices, False)
+        OutK = table_pointer(row, 3, OutK, ALIGNED)
+        OutV = table_pointer(row, 4, OutV, ALIGNED)
+        s_kb = table_stride(row, 5, ALIGNED)
+        s_kh = table_stride(row, 6, ALIGNED)
+        s_kn = table_stride(row, 7, ALIGNED)
+        s_vb = table_stride(row, 8, ALIGNED)
+        s_vh = table_stride(row, 9, ALIGNED)
+        s_vn = table_stride(row, 10, ALIGNED)
+        s_ib = table_stride(row, 11, False)
+        s_ih = table_stride(row, 12, False)
+        s_in = table_stride(row, 13, False)
+        tokens = tl.load(row + 14)
+        slots = tl.load(row + 15)
     slot = pid % tiles * BM + tl.arange(0, BM)
     ok = slot < slots
     pair = (pid // tiles).to(tl.int64)
