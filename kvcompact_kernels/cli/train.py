@@ -3,24 +3,35 @@
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .common import CliError, UsageError, explained
+from .common import (
+    CliError,
+    Loaded,
+    UsageError,
+    add_model_arguments,
+    bytes_text,
+    explained,
+    load_model,
+    parse_options,
+    reporter,
+)
 
 NAME = "train"
-HELP = "train a compactor (selector, still) or a document's cache (cartridge)"
+HELP = "train a compactor (selector, still, kv_distill) or a document's cache (cartridge)"
 DESCRIPTION = """\
 Trains against the frozen model, on a CPU or a GPU. Ctrl-C finishes the step and saves; the same command goes on from there.
 
   kvcompact train selector --model M --data FOLDER --out F
   kvcompact train still --model M --data FOLDER --ratio 8 --context 2048 --out F
+  kvcompact train kv_distill --model M --data FOLDER --ratio 8 --context 512 --out F
   kvcompact train cartridge notes.txt --model M --slots 512 --out F
 """
 # Each names itself, its help and description, and adds its arguments, as the commands themselves do.
-SUBCOMMANDS = ("train_selector", "train_still", "train_cartridge")
+SUBCOMMANDS = ("train_selector", "train_still", "train_kv_distill", "train_cartridge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +92,117 @@ def loop_options(args: argparse.Namespace) -> dict[str, Any]:
         "evaluate_every": args.evaluate_every,
         "max_seconds": None if args.max_minutes is None else 60 * args.max_minutes,
         "piece_bytes": None if args.piece_mb is None else round(args.piece_mb * 2**20),
+    }
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, made: str, options: str, config: str) -> None:
+    """Model, texts, output, and two tables of options, of what is trained on a folder of texts.
+
+    Args:
+        made: what the file holds.
+        options: class of -O, with an example.
+        config: class of -C.
+    """
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="a folder of .txt and .md files, or one text file"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help=f"{made} (safetensors)")
+    repeatable = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    parser.add_argument("-C", "--config", **repeatable, help=f"a field of {config} (repeatable)")
+    parser.add_argument("-O", "--option", **repeatable, help=f"a field of {options} (repeatable)")
+
+
+def add_distillation_arguments(parser: argparse.ArgumentParser, context: str) -> None:
+    """How a compactor's contexts are drawn and read, with the command's default of ``--context``."""
+    parser.add_argument("--ratio", default="8", metavar="R", help="tokens per slot; several as in 4,8,16 (8)")
+    parser.add_argument(
+        "--context",
+        default=context,
+        metavar="T",
+        help=f"longest context in tokens; several as in 512,1k,2k ({context})",
+    )
+    parser.add_argument("--start", metavar="FILE", help="start from the parameters of such a file")
+    parser.add_argument("--batch", type=int, default=1, help="contexts of a micro-step, of one length (1)")
+    parser.add_argument("--accumulate", type=int, default=4, help="micro-steps of an optimizer step (4)")
+    parser.add_argument("--autocast", choices=("bfloat16",), help="run student and teacher in it")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    parser.add_argument(
+        "--data-cache", metavar="FOLDER", help="for prepared data, to share between runs (default: the run's folder)"
+    )
+
+
+def distillation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """These options, and those of -O, as keyword arguments of ``StillOptions``."""
+    from ..evaluation.specs import parse_lengths, parse_ratios
+
+    return {
+        "ratios": tuple(parse_ratios(args.ratio)),
+        "contexts": tuple(parse_lengths(args.context)),
+        "batch": args.batch,
+        "autocast": args.autocast,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        **parse_options(args.option),
+    }
+
+
+def train_on_texts(args: argparse.Namespace, run: Callable[[Loaded], Any]) -> tuple[Any, Loaded]:
+    """Loads the model, once output and texts have been looked at, and trains.
+
+    Args:
+        run: trains with what was loaded.
+
+    Returns:
+        What ``run`` returned, and what was loaded.
+    """
+    from ..training.data import read_texts
+    from ..training.loop import TrainingInterrupted
+
+    tell = reporter(args)
+    check_output(Path(args.out))
+    with training_errors():
+        read_texts(args.data)  # before the model is loaded, which takes time
+    loaded = load_model(args.model, args.dtype, args.device, quiet=args.quiet)
+    tell(f"{loaded.source}: {loaded.dtype_note}")
+    try:
+        with training_errors():
+            return run(loaded), loaded
+    except TrainingInterrupted as stop:
+        tell(str(stop))
+        raise
+
+
+def report_training(
+    args: argparse.Namespace, loaded: Loaded, trained: Any, steps: int, note: str = "", **more: Any
+) -> dict[str, Any]:
+    """Prints how a training ended, and returns it for ``--json``.
+
+    Args:
+        trained: the loop's ``TrainResult``.
+        steps: of the whole run.
+        note: of the file, for the first line.
+        more: entries of the result.
+    """
+    out = Path(args.out)
+    size = out.stat().st_size
+    if not args.json:
+        print(f"{out}: step {trained.step} of {steps}, {bytes_text(size)}{note and ', '}{note}")
+        shown = {k: v for k, v in (trained.evaluation or {}).items() if not k.startswith("none")}
+        if shown:
+            print("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        if not trained.finished:
+            print("the time is up; the same command goes on from here")
+    return {
+        "file": str(out),
+        "file_bytes": size,
+        "step": trained.step,
+        "steps": steps,
+        "finished": trained.finished,
+        "seconds": trained.seconds,
+        **more,
+        "held_out": trained.evaluation,
+        "loss": sum(trained.losses[-50:]) / len(trained.losses[-50:]) if trained.losses else None,
+        "model": loaded.path,
     }
 
 

@@ -46,7 +46,7 @@ class Compose(Method):
         known = list_methods()
         check_choice("first", self.first, tuple(n for n, cls in known.items() if issubclass(cls, SelectionMethod)))
         # these make all heads of a layer at once, or need no tokens
-        others = ("full", "adakv", "compose", "still", "cartridge")
+        others = ("full", "adakv", "compose", "still", "cartridge", "kv_distill")
         check_choice("second", self.second, tuple(n for n in known if n not in others))
         self.first_ratio = check_share("first_ratio", self.first_ratio, minimum=1.0)
         for name in ("first_options", "second_options"):

@@ -4,7 +4,12 @@
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"train_cartridge": "cartridge", "train_selector": "selector", "train_still": "still"}
+_PUBLIC = {
+    "train_cartridge": "cartridge",
+    "train_kv_distill": "kv_distill",
+    "train_selector": "selector",
+    "train_still": "still",
+}
 __all__ = list(_PUBLIC)
 
 

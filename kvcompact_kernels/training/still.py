@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_int
 from ..cache import CompactBlock, CompactCache
+from ..layer_networks import LayerNetworks
 from ..methods.still import StillCompactor
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
@@ -195,13 +196,58 @@ def train_still(
             another model.
         CheckpointError, TrainingError, TrainingInterrupted, OSError: see :func:`kvcompact_kernels.training.loop.train`.
     """
+    spec = check_teacher(model)
+    options = with_changes(options or StillOptions(), ratios=several(ratios), contexts=several(contexts))
+    loop = with_changes(loop or LoopConfig(1000, lr=3e-4, warmup=100, evaluate_every=100), steps=steps)
+    compactor = _compactor(spec, options, slots, config, start, loop.seed)
+    path, run = train_compactor(
+        StillTrainer, model, tokenizer, data, compactor, options, loop, out=out, run_folder=run_folder,
+        data_cache=data_cache, started=start is not None, progress=progress, description="still",
+    )  # fmt: skip
+    return StillResult(compactor, path, run)
+
+
+def check_teacher(model: Any) -> ModelSpec:
+    """The model's description.
+
+    Raises:
+        UnsupportedModelError: a model of another family, without full-attention layers, or with another kind of RoPE.
+        ValueError: it has no vocabulary head.
+    """
     spec = model_spec(model)
     check_compactable(spec)
     if model.get_output_embeddings() is None:
         raise ValueError(f"model must have a vocabulary head to be distilled, {type(model).__name__} has none")
-    options = _with(options or StillOptions(), ratios=_several(ratios), contexts=_several(contexts))
-    loop = _with(loop or LoopConfig(1000, lr=3e-4, warmup=100, evaluate_every=100), steps=steps)
-    compactor = _compactor(spec, options, slots, config, start, loop.seed)
+    return spec
+
+
+def train_compactor(
+    trainer_type: Callable[..., "StillTrainer"],
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    compactor: LayerNetworks,
+    options: StillOptions,
+    loop: LoopConfig,
+    *,
+    out: str | Path,
+    run_folder: str | Path | None,
+    data_cache: str | Path | None,
+    started: bool,
+    progress: bool,
+    description: str,
+) -> tuple[Path, TrainResult]:
+    """Trains networks that make slots of a cache, in place, and saves them; most arguments as for :func:`train_still`.
+
+    Args:
+        trainer_type: called with ``(model, spec, compactor, corpus, options, plans)``, see :class:`StillTrainer`.
+        started: the compactor was trained before, so its parameters belong to the run's identity.
+        description: stands at the progress bar.
+
+    Returns:
+        The file that was written, and how the loop ended.
+    """
+    spec = model_spec(model)
     plans = Plans(compactor, options)
     out = check_output(out)
     folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
@@ -221,16 +267,16 @@ def train_still(
             asked = add_questions(
                 model, corpus, options.questions, spec.fingerprint, cache, seed=loop.seed, progress=progress
             )
-        trainer = StillTrainer(model, spec, compactor, corpus, options, plans)
         identity = {
             "model": spec.fingerprint,
             "compactor": compactor.config.to_dict(),
             "options": options.to_dict(),
             "data": {"texts": corpus.digest, "tokenizer": corpus.key, "questions": asked},
-            "start": None if start is None else _digest(compactor),
+            "start": _digest(compactor) if started else None,
         }
         # of two runs only the same dtype gives the same bits
         identity["dtype"] = str(model.dtype).removeprefix("torch.")
+        trainer = trainer_type(model, spec, compactor, corpus, options, plans)
         run = train(
             trainer,
             parameter_groups(compactor, options.lr_scales),
@@ -239,12 +285,13 @@ def train_still(
             identity=identity,
             evaluate=trainer.evaluate if corpus.held.ids.numel() and options.held_out_contexts else None,
             progress=progress,
-            description="still",
+            description=description,
         )
     note = training_note(run, loop, options, identity["data"], corpus, device)
-    compactor.info = {**compactor.info, **note, "chunk_tokens": plans.describe()}
+    chunks = plans.describe()
+    compactor.info = {**compactor.info, **note} | ({} if chunks is None else {"chunk_tokens": chunks})
     compactor.save(out)
-    return StillResult(compactor, out, run)
+    return out, run
 
 
 class Plans:
@@ -296,11 +343,16 @@ class Plans:
 class StillTrainer:
     """The step function of :func:`train_still`, and its held-out figures.
 
+    Attributes:
+        reverse: share of the reverse KL in the loss, see ``distill.distillation_loss``.
+
     Args:
         model: patched and frozen.
         compactor: a module that is called as ``compactor(layer, keys, values, rope, positions) -> CompactBlock``, with
             ``slots=`` added when it takes any number of them.
     """
+
+    reverse = 0.0
 
     def __init__(
         self, model: Any, spec: ModelSpec, compactor: Any, corpus: Corpus, options: StillOptions, plans: Plans
@@ -363,7 +415,11 @@ class StillTrainer:
         ids, scored, tail = batch
         with self._autocast(), self._checkpointing():
             hidden = hidden_states(self.model, ids, self._session(past), scored)
-            kl, cross_entropy, right = distillation_loss(self.model, hidden, targets, rest=self.options.rest)
+            # held-out figures are the forward KL whatever is trained with, so that they can be compared
+            reverse = self.reverse if torch.is_grad_enabled() else 0.0
+            kl, cross_entropy, right = distillation_loss(
+                self.model, hidden, targets, rest=self.options.rest, reverse=reverse
+            )
         all_right = (tail_means(right, tail, count) > 1 - 1e-4).float()
         return tail_means(kl, tail, count), tail_means(cross_entropy, tail, count), all_right
 
@@ -375,16 +431,22 @@ class StillTrainer:
         with self._autocast():
             for block in full.layers:
                 if isinstance(block, CompactBlock):
-                    parts = [self._chunk(number, block, rope, positions, *chunk, ratio) for chunk in chunks]
+                    parts = [
+                        self._chunk(number, block, rope, positions, *chunk, self.arguments(full, number, *chunk, ratio))
+                        for chunk in chunks
+                    ]
                     layers.append(CompactBlock.cat(parts))
                     number += 1
                 else:
                     layers.append(block)
         return CompactCache(tuple(layers), full.logical_length, full.fingerprint, full.ropes, full.lengths, "still", {})
 
-    def _chunk(self, layer: int, block: CompactBlock, rope: Any, positions: Tensor, start: int, end: int, ratio: float):
+    def arguments(self, full: CompactCache, layer: int, start: int, end: int, ratio: float) -> dict[str, Any]:
+        """What the compactor is given of a chunk beside its keys and values."""
+        return {} if self.plans.fixed is not None else {"slots": self.plans.slots_for(end - start, ratio)}
+
+    def _chunk(self, layer: int, block: CompactBlock, rope: Any, positions: Tensor, start: int, end: int, more: dict):
         keys, values = block.keys[:, :, start:end], block.values[:, :, start:end]
-        more = {} if self.plans.fixed is not None else {"slots": self.plans.slots_for(end - start, ratio)}
 
         def run() -> tuple[Tensor, Tensor, Tensor | None]:
             made = self.compactor(layer, keys, values, rope, positions[start:end], **more)
@@ -511,12 +573,14 @@ def _digest(compactor: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _with(options: Any, **changes: Any) -> Any:
+def with_changes(options: Any, **changes: Any) -> Any:
+    """The options with those changes that are not None."""
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(options, **given) if given else options
 
 
-def _several(value: Any) -> tuple | None:
+def several(value: Any) -> tuple | None:
+    """A number as a tuple of one, a sequence as a tuple."""
     if value is None:
         return None
     return (value,) if isinstance(value, (int, float)) else tuple(value)
