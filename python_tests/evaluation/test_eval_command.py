@@ -167,7 +167,7 @@ def test_every_generated_task_and_every_untrained_method(folder, tmp_path):
     )
     methods = (
         "random,uniform,streaming_llm,h2o,snapkv,pyramidkv,scissorhands,finch,zsmerge,expected_attention,adakv,magicpig,"
-        "compose,adakv:scorer=h2o,attention_matching:max_queries=64"
+        "compose,kv_distill:weights=identity,adakv:scorer=h2o,attention_matching:max_queries=64"
     )
     # a character is a token here
     size = ("--lengths", "900", "--ratios", "4", "--samples", "1")
@@ -176,5 +176,5 @@ def test_every_generated_task_and_every_untrained_method(folder, tmp_path):
         assert run(folder, out, *size, *extra, methods=methods, tasks=chosen) == 0
         rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         assert not [row["error"] for row in rows if row["error"]]
-        assert {row["task"] for row in rows} == set(chosen.split(",")) and len({row["method"] for row in rows}) == 17
+        assert {row["task"] for row in rows} == set(chosen.split(",")) and len({row["method"] for row in rows}) == 18
         assert all(row["physical_bytes"] <= row["budget_bytes"] for row in rows if row["ratio"])

@@ -16,6 +16,7 @@ METHODS = [
     ("pyramidkv", {"window": 4}),
     ("adakv", {"options": {"window": 8}}),
     ("zsmerge", {}),
+    ("kv_distill", {"weights": "identity"}),
     ("attention_matching", {"queries": "repeat", "max_queries": 40}),
     ("attention_matching", {"queries": "prefill", "max_queries": 40}),
 ]

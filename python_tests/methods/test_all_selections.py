@@ -19,6 +19,7 @@ NAMES = [
     "adakv",
     "magicpig",
     "compose",
+    "kv_distill",
 ]
 
 
