@@ -94,6 +94,18 @@ def test_scorer_and_adapter_get_gradients_and_nothing_else_does(corpus, family):
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
+def test_gradient_checkpointing_changes_no_gradient(corpus):
+    found = []
+    for flag in (False, True):
+        trainer = new_trainer(corpus, options=replace(OPTIONS, gradient_checkpointing=flag), measure=False)
+        torch.manual_seed(3)  # of the noise, which is drawn once more when the forward pass is repeated
+        out = trainer(Step(0, 0, 3))
+        parameters = [p for p in trainer.compactor.parameters() if p.requires_grad]
+        found.append([out.loss.detach(), *torch.autograd.grad(out.loss, parameters)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
 def test_at_the_start_the_student_is_the_untrained_method(corpus):
     trainer = new_trainer(corpus)
     ids = corpus.train.ids[:120].long()[None]
