@@ -4,7 +4,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .model_spec import fingerprint_differences
 from .rope import Rope
 
 FORMAT = "kvcompact-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 only where layers share slots: other files are written as 1, for older releases to read
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ class CompactBlock:
         offsets = None if self.offsets is None else self.offsets.to(device)
         return replace(self, keys=keys, values=values, beta=beta, offsets=offsets)
 
+    def plain(self) -> "CompactBlock":
+        """The block with keys and values of its own: itself, unless it shares them with another layer."""
+        return self
+
     def heads(self) -> list[list[tuple[Tensor, Tensor, Tensor | None]]]:
         """Views ``heads()[b][h] = (keys [t_bh, d], values [t_bh, d], beta [t_bh] or None)``; the inverse of :meth:`pack`."""
         rows = []
@@ -174,6 +179,115 @@ class CompactBlock:
         for b in range(batch):
             merged.append([_cat_head([row[b][h] for row in rows]) for h in range(blocks[0].num_kv_heads)])
         return CompactBlock.pack(merged)
+
+
+class SharedSlots:
+    """Keys and values ``[B, Hkv, n, d]`` that the blocks of two layers hold together (see :class:`PairedBlock`)."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        check_tensor("keys", keys, ndim=4)
+        check_tensor("values", values, shape=tuple(keys.shape), dtypes=(keys.dtype,))
+        self.keys, self.values = keys, values
+        self._copy: tuple[Any, Callable[[], SharedSlots | None]] | None = None
+
+    def __reduce__(self):
+        return SharedSlots, (self.keys, self.values)
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> "SharedSlots":
+        return self._once((device, dtype), lambda x: x.to(device, dtype))
+
+    def index_batch(self, index: Tensor) -> "SharedSlots":
+        return self._once(tuple(index.tolist()), lambda x: x.index_select(0, index))
+
+    def _once(self, key: Any, change: Callable[[Tensor], Tensor]) -> "SharedSlots":
+        """Both layers ask, one after the other, and get the same copy as long as one of them holds it."""
+        known = self._copy[1]() if self._copy is not None and self._copy[0] == key else None
+        if known is None:
+            known = SharedSlots(change(self.keys), change(self.values))
+            self._copy = (key, weakref.ref(known))
+        return known
+
+
+class PairedBlock(CompactBlock):
+    """The block of one of two layers that hold one direction per slot together; each has the slots' lengths for itself.
+
+    Stored are ``n`` shared rows: slots of the lower layer alone, then those of both, then slots of the upper layer alone. A
+    layer has the first ``t`` or the last ``t`` of them, times a length each. ``keys`` and ``values`` are made anew whenever they
+    are read, one layer's at a time, and nothing keeps them: that is the price at decode time. Equal slots in every head.
+
+    Args:
+        shared: what both layers hold; counted (and saved) with the lower one alone.
+        key_norms, value_norms: fp32 (fp64 with fp64 slots) ``[B, Hkv, t]``, factors of the rows.
+        upper: False for the lower of the two layers.
+    """
+
+    def __init__(self, shared: SharedSlots, key_norms: Tensor, value_norms: Tensor, upper: bool):
+        if not isinstance(shared, SharedSlots):
+            raise TypeError(f"shared must be SharedSlots, got {type(shared).__name__}")
+        batch, num_kv_heads, rows, _ = shared.keys.shape
+        wide = torch.float64 if shared.keys.dtype == torch.float64 else torch.float32
+        check_tensor("key_norms", key_norms, ndim=3, dtypes=(wide,))
+        if key_norms.shape[:2] != (batch, num_kv_heads) or key_norms.shape[2] > rows:
+            raise ValueError(
+                f"key_norms must be [{batch}, {num_kv_heads}, at most {rows}], got {list(key_norms.shape)}"
+            )
+        check_tensor("value_norms", value_norms, shape=tuple(key_norms.shape), dtypes=(wide,))
+        named = {"shared": shared, "key_norms": key_norms, "value_norms": value_norms, "upper": bool(upper)}
+        for name, value in {**named, "num_kv_heads": num_kv_heads}.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        layer = "upper" if self.upper else "lower"
+        return f"PairedBlock({layer}, slots={self.num_slots}, KV heads={self.num_kv_heads}, batch={self.batch_size})"
+
+    def _own(self, rows: Tensor, norms: Tensor) -> Tensor:
+        slots = norms.shape[2]
+        rows = rows[:, :, rows.shape[2] - slots :] if self.upper else rows[:, :, :slots]
+        return (rows * norms[..., None]).to(rows.dtype)
+
+    @property
+    def keys(self) -> Tensor:
+        return self._own(self.shared.keys, self.key_norms)
+
+    @property
+    def values(self) -> Tensor:
+        return self._own(self.shared.values, self.value_norms)
+
+    @property
+    def batch_size(self) -> int:
+        return self.key_norms.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.shared.keys.shape[3]
+
+    @property
+    def num_slots(self) -> int:
+        return self.key_norms.shape[2]
+
+    @property
+    def slot_counts(self) -> Tensor:
+        return torch.full((self.batch_size, self.num_kv_heads), self.num_slots)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name; what both layers hold is the lower one's, so that it counts once."""
+        shared = {} if self.upper else {"shared_keys": self.shared.keys, "shared_values": self.shared.values}
+        return {**shared, "key_norms": self.key_norms, "value_norms": self.value_norms}
+
+    def plain(self) -> CompactBlock:
+        return CompactBlock(self.keys, self.values)
+
+    def heads(self) -> list[list[tuple[Tensor, Tensor, Tensor | None]]]:
+        return self.plain().heads()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "PairedBlock":
+        shared = self.shared.to(device, dtype)
+        wide = torch.float64 if shared.keys.dtype == torch.float64 else torch.float32
+        return PairedBlock(shared, self.key_norms.to(device, wide), self.value_norms.to(device, wide), self.upper)
+
+    def index_batch(self, index: Tensor) -> "PairedBlock":
+        norms = (x.index_select(0, index) for x in (self.key_norms, self.value_norms))
+        return PairedBlock(self.shared.index_batch(index), *norms, self.upper)
 
 
 def _cat_head(parts: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -336,6 +450,8 @@ class CompactCache:
                 the sum. False keeps every key where it is, as Cartridges do (arXiv 2506.06266, section 5); the logical
                 length is then the longest one's.
 
+        Layers of several caches have slots of their own, also where those of one cache shared them (method "minicache").
+
         Raises:
             ValueError: no cache, caches of different models, padded caches, or a rope type whose keys cannot be moved.
         """
@@ -383,7 +499,7 @@ class CompactCache:
             tensors["lengths"] = self.lengths
         header = {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": FORMAT_VERSION if any(isinstance(block, PairedBlock) for block in self.layers) else 1,
             "fingerprint": self.fingerprint,
             "logical_length": self.logical_length,
             "num_layers": len(self.layers),
@@ -435,12 +551,17 @@ class CompactCache:
 
     @classmethod
     def _from_file(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> "CompactCache":
-        layers = []
+        layers, shared = [], None
         for i in range(header["num_layers"]):
             prefix = f"layers.{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
             if "window_keys" in own:
                 layers.append(WindowBlock(own["window_keys"], own["window_values"]))
+            elif "key_norms" in own:
+                upper = "shared_keys" not in own
+                shared = shared if upper else SharedSlots(own["shared_keys"], own["shared_values"])
+                layers.append(PairedBlock(shared, own["key_norms"], own["value_norms"], upper))
+                shared = None if upper else shared
             else:
                 block = CompactBlock(
                     own["keys"], own["values"], own.get("beta"), own.get("offsets"), header["num_kv_heads"][i]
@@ -463,7 +584,7 @@ def _shift(block: Block, rope: Rope | None, distance: int) -> Block:
         return block
     if rope is None:
         raise ValueError("a cache without its rotary embedding cannot be moved: compose with reposition=False")
-    return replace(block, keys=rope.shift(block.keys, distance))
+    return replace(block.plain() if isinstance(block, CompactBlock) else block, keys=rope.shift(block.keys, distance))
 
 
 def _last_window(blocks: list[WindowBlock]) -> WindowBlock:

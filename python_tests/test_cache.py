@@ -251,7 +251,7 @@ def test_tampered_headers(tmp_path, change):
 def test_versions_and_formats(tmp_path):
     make_cache().save(tmp_path / "c")
     data = (tmp_path / "c").read_bytes()
-    for version in (2, "1", None):
+    for version in (3, "1", None):
         (tmp_path / "new").write_bytes(rewritten(data, lambda h, i, v=version: i.update(version=v)))
         with pytest.raises(ValueError, match="format version"):
             CompactCache.load(tmp_path / "new")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
 from ..methods import LayerInput, Method
-from ..methods.base import checked_block, layer_budgets
+from ..methods.base import checked_block, finished_blocks, layer_budgets
 from ..model_spec import ModelSpec
 from .memory import peak_bytes
 
@@ -62,6 +62,7 @@ class _Fan(Method):
         self.temporary = [0] * len(self._wanted)
         self.peak = [0] * len(self._wanted)
         self.measuring = 0.0
+        self._notes: list[dict[str, Any]] = [{} for _ in self._wanted]
 
     @property
     def prefill_passes(self) -> int:
@@ -99,7 +100,8 @@ class _Fan(Method):
             queries = None
         elif needed > 0:
             queries = queries[:, :, -needed:]
-        layer = replace(layer, queries=queries)
+        before = dict(self._notes[i])
+        layer = replace(layer, queries=queries, notes=self._notes[i])
         self._wait()
         start = time.perf_counter()
         block = method.compact_layer(layer, slots)
@@ -111,7 +113,8 @@ class _Fan(Method):
         if layer.layer_idx == 0:
             # once more under measurement, which would spoil the time; the first layer has the largest budget
             start = time.perf_counter()
-            again, peak = peak_bytes(lambda: method.compact_layer(layer, slots), self._device)
+            same = replace(layer, notes=before)
+            again, peak = peak_bytes(lambda: method.compact_layer(same, slots), self._device)
             self.temporary[i] = max(0, peak - again.nbytes)
             del again
             self.measuring += time.perf_counter() - start
@@ -119,6 +122,22 @@ class _Fan(Method):
         done = sum(b.nbytes for b in self.blocks[i])
         self.peak[i] = max(self.peak[i], done + raw + self.temporary[i] + block.nbytes)
         self.blocks[i].append(block)
+
+    def finish_all(self) -> None:
+        """What methods do to all layers together, at the end."""
+        for i, (method, _) in enumerate(self._wanted):
+            if self.errors[i] is not None or not method.joins_layers:
+                continue
+            held = sum(b.nbytes for b in self.blocks[i])
+            start = time.perf_counter()
+            try:
+                self.blocks[i] = finished_blocks(method, self.blocks[i])
+            except _FAILURES as error:
+                self._fail(i, error)
+                continue
+            self._wait()
+            self.seconds[i] += time.perf_counter() - start
+            self.peak[i] = max(self.peak[i], held + sum(b.nbytes for b in self.blocks[i]))
 
     def _fail(self, i: int, error: Exception) -> None:
         self.errors[i] = f"{type(error).__name__}: {error}"
@@ -149,6 +168,7 @@ def read(model: Any, ids: Tensor, wanted: Sequence[tuple[Method, int]]) -> list[
         start = time.perf_counter()
         frame = compact(model, ids, fan, slots=1)
         seconds = time.perf_counter() - start - fan.measuring
+        fan.finish_all()
         for place, i in enumerate(chosen):
             if fan.errors[place] is not None:
                 results[i] = Compacted(None, fan.errors[place])
@@ -173,7 +193,8 @@ def byte_budget(full: CompactCache, ratio: float) -> int:
 class EqualBytes:
     """Finds, for each method, how many slots fit into a byte budget: biases, offsets and all else that a block holds count.
 
-    What a slot of a method costs is learned from its first cache and asked for again when it does not hold.
+    What a slot of a method costs is learned from its first cache and asked for again when it does not hold: fewer slots
+    where they are dearer than keys and values alone, more where layers share them.
     """
 
     ATTEMPTS = 5
@@ -194,13 +215,24 @@ class EqualBytes:
             slots.append(max(1, min(tokens, math.floor(free / self._bytes_per_slot.get(label, plain) + 1e-9))))
         results: list[Compacted | None] = [None] * len(wanted)
         open_ones = list(range(len(wanted)))
+        grown: set[int] = set()
         for _ in range(self.ATTEMPTS):
             made = read(model, ids, [(wanted[i][1], slots[i]) for i in open_ones])
             still_open = []
             for i, result in zip(open_ones, made):
                 label, _, ratio = wanted[i]
-                if result.cache is None or result.cache.nbytes <= byte_budget(full, ratio):
-                    results[i] = result
+                fits = result.cache is not None and result.cache.nbytes <= byte_budget(full, ratio)
+                if fits or result.cache is None:
+                    if fits or results[i] is None:
+                        results[i] = result
+                    more = self._affordable(result, byte_budget(full, ratio) - windows, windows, plain, tokens)
+                    if i not in grown and more > slots[i]:
+                        grown.add(i)
+                        self._bytes_per_slot[label] = (result.cache.nbytes - windows) / slots[i]
+                        slots[i] = more
+                        still_open.append(i)
+                    continue
+                if results[i] is not None:  # more slots were tried, and do not fit
                     continue
                 each = (result.cache.nbytes - windows) / slots[i]
                 self._bytes_per_slot[label] = max(each, self._bytes_per_slot.get(label, 0.0))
@@ -214,5 +246,16 @@ class EqualBytes:
             if not open_ones:
                 return results
         for i in open_ones:
+            if results[i] is not None:
+                continue
             results[i] = Compacted(None, f"no number of slots was found that fits into {self.ATTEMPTS} attempts")
         return results
+
+    @staticmethod
+    def _affordable(result: Compacted, free: int, windows: int, plain: float, tokens: int) -> int:
+        """How many slots of this kind fit into ``free`` bytes, when they are cheaper than keys and values alone; else 0."""
+        if result.cache is None:
+            return 0
+        held = torch.cat([block.slot_counts.flatten() for block in result.cache.compact_layers])
+        each = (result.cache.nbytes - windows) / held.double().mean().item()
+        return min(tokens, math.floor(free / each + 1e-9)) if each < 0.999 * plain else 0

@@ -24,7 +24,8 @@ class AdaKV(Method):
     least a share of what equal budgets would give it. Heads really hold unequal numbers of slots: no padding is stored.
 
     Attributes:
-        scorer: any method that is a ``ScoredMethod``: "snapkv", "pyramidkv", "h2o", ...
+        scorer: any method that is a ``ScoredMethod``: "snapkv", "pyramidkv", "h2o", ... Only its scores are taken: the keys
+            that "finch" would move stay where they are.
         options: of the scorer.
         floor_share: share of the equal budget that each head keeps in any case (the paper's safeguard).
     """

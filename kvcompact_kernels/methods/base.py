@@ -2,7 +2,7 @@
 """The contract of a compaction method, and the registry that ``method="..."`` names them through."""
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class LayerInput:
         positions: int64 ``[T]``, the logical positions of the tokens.
         rope: the layer's rotary embedding.
         scale: factor on the logits.
+        notes: what the method wrote there for earlier layers of the same reading; empty at the first.
     """
 
     layer_idx: int
@@ -35,6 +36,7 @@ class LayerInput:
     positions: Tensor
     rope: Rope
     scale: float
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -50,12 +52,14 @@ class Method(ABC):
         summary: one line for ``kvcompact methods``.
         source: paper and section.
         prefill_passes: 2 to read the context twice and see the second reading's queries.
+        joins_layers: True when ``finish`` makes layers share what they hold.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
     prefill_passes: ClassVar[int] = 1
+    joins_layers: ClassVar[bool] = False
 
     @property
     def queries_needed(self) -> int:
@@ -67,6 +71,15 @@ class Method(ABC):
         """The fewest slots that the method can work with."""
         return 1
 
+    @property
+    def whole_context_only(self) -> str | None:
+        """Why the method cannot compact a running conversation part by part (``compact_over``); None when it can."""
+        if self.prefill_passes != 1:
+            return "reads the context twice"
+        if self.joins_layers:
+            return "lets layers share slots, to which nothing can be added"
+        return None
+
     def prepare(self, spec: ModelSpec) -> None:
         """Called once per model before anything is compacted: load weights, check that the model fits."""
 
@@ -77,6 +90,10 @@ class Method(ABC):
     @abstractmethod
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
         """The layer's block: ``slots`` slots per KV head on average, from ``layer.num_tokens`` >= slots tokens."""
+
+    def finish(self, blocks: list[CompactBlock]) -> list[CompactBlock]:
+        """The blocks of all compacted layers, once they are there; a method with ``joins_layers`` may return others."""
+        return blocks
 
 
 def layer_budgets(method: Method, slots: int, num_tokens: int, num_layers: int) -> list[int]:
@@ -121,6 +138,29 @@ def checked_block(method: Method, block: Any, layer: LayerInput, layer_idx: int)
         if x.untyped_storage().nbytes() > x.numel() * x.element_size():
             block = replace(block, **{name: x.clone()})
     return block
+
+
+def finished_blocks(method: Method, blocks: list[CompactBlock]) -> list[CompactBlock]:
+    """``method.finish(blocks)``, checked.
+
+    Raises:
+        TypeError, ValueError: it is not one block for each layer, of the same batch, heads, dtype and device.
+    """
+    if not method.joins_layers:
+        return blocks
+    done = list(method.finish(list(blocks)))
+    who = f"{type(method).__name__}.finish"
+    if len(done) != len(blocks):
+        raise ValueError(f"{who} must return {len(blocks)} blocks, got {len(done)}")
+    for i, (new, old) in enumerate(zip(done, blocks)):
+        if not isinstance(new, CompactBlock):
+            raise TypeError(f"{who} must return CompactBlocks, got {type(new).__name__} for layer {i}")
+        found, wanted = ((b.batch_size, b.num_kv_heads, b.head_dim, b.keys.dtype, b.keys.device) for b in (new, old))
+        if found != wanted:
+            raise ValueError(
+                f"{who} must return (batch, KV heads, head dim, dtype, device) {wanted} for layer {i}, got {found}"
+            )
+    return done
 
 
 _METHODS: dict[str, type[Method]] = {}

@@ -50,6 +50,10 @@ class CartridgeInit(SelectionMethod):
     def min_slots(self) -> int:
         return 1 if self._trained is None else max(self._trained.slots_per_layer)
 
+    @property
+    def whole_context_only(self) -> str | None:
+        return None if self._trained is None else "takes the slots of one context from a file"
+
     def prepare(self, spec: ModelSpec) -> None:
         """Raises ValueError when the file is of another model."""
         if self._trained is not None:
@@ -65,7 +69,7 @@ class CartridgeInit(SelectionMethod):
         if self._trained is None:
             return super().compact_layer(layer, slots)
         check_layer(self, layer, slots)
-        block = self._trained.compact_layers[layer.layer_idx].to(layer.keys.device, layer.keys.dtype)
+        block = self._trained.compact_layers[layer.layer_idx].plain().to(layer.keys.device, layer.keys.dtype)
         if layer.keys.shape[0] != 1:
             raise ValueError(f"{self.file} holds one context, the batch has {layer.keys.shape[0]}")
         distance = int(layer.positions[-1]) + 1 - self._trained.logical_length

@@ -47,7 +47,9 @@ class Compose(Method):
         check_choice("first", self.first, tuple(n for n, cls in known.items() if issubclass(cls, SelectionMethod)))
         # these make all heads of a layer at once, or need no tokens
         others = ("full", "adakv", "compose", "still", "cartridge", "kv_distill")
-        check_choice("second", self.second, tuple(n for n in known if n not in others))
+        check_choice(
+            "second", self.second, tuple(n for n, c in known.items() if n not in others and not c.joins_layers)
+        )
         self.first_ratio = check_share("first_ratio", self.first_ratio, minimum=1.0)
         for name in ("first_options", "second_options"):
             if not isinstance(getattr(self, name), dict):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .._checks import check_int, check_tensor
 from ..cache import CompactBlock, CompactCache, WindowBlock
 from ..methods import LayerInput, Method
-from ..methods.base import checked_block, layer_budgets
+from ..methods.base import checked_block, finished_blocks, layer_budgets
 from ..model_spec import ModelSpec, UnsupportedModelError
 from .families import decoder, read_ropes
 from .session import CompactSession
@@ -52,6 +52,7 @@ class Compactor:
         self.context: int | None = None
         self.queries: dict[int, Tensor] = {}
         self._budgets: dict[tuple[int, int], list[int]] = {}
+        self._notes: dict[tuple[int, int], dict[str, Any]] = {}
         self._ropes: dict[str, Any] | None = None
 
     def after_attention(self, session: CompactSession, layer_idx: int, query: Tensor) -> None:
@@ -65,6 +66,7 @@ class Compactor:
         keys, values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
         if layer_idx == self.full[0]:
             self._ropes = read_ropes(self.model)  # now: dynamic scaling has seen this pass's length
+            self._notes = {}
         real = session.tail_mask
         real = None if real is None else real[:, :tokens]
         lengths = session.lengths
@@ -153,6 +155,7 @@ class Compactor:
             positions=torch.arange(first, first + count, device=keys.device),
             rope=self._ropes["full"],
             scale=self.spec.scales[layer_idx],
+            notes=self._notes.setdefault((count, first), {}),
         )
         if self.slots_for(count) < self.method.min_slots:  # a running conversation's short row stays as it is
             return CompactBlock(keys.clone(), values.clone())
@@ -280,7 +283,8 @@ def run_compaction(
         bar.close()
         for module, training in modes:
             module.training = training
-    layers = [windows[i] if layer.is_sliding else layer.block for i, layer in enumerate(session.layers)]
+    blocks = iter(finished_blocks(method, [layer.block for layer in session.layers if not layer.is_sliding]))
+    layers = [windows[i] if layer.is_sliding else next(blocks) for i, layer in enumerate(session.layers)]
     rows = [ids[i] if mask is None else ids[i][mask[i]] for i in range(ids.shape[0])]
     info = {
         "options": _options(method),

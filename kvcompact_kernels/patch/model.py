@@ -87,9 +87,9 @@ def patch_model(
     if compact_over is not None:
         check_int("compact_over", compact_over, minimum=1)
         compaction.check_compactable(spec)
-        if chosen.prefill_passes != 1:
+        if chosen.whole_context_only:
             raise ValueError(
-                f"compact_over cannot be used with method {chosen.name!r}, which reads the context twice: use model.compact"
+                f"compact_over cannot be used with method {chosen.name!r}, which {chosen.whole_context_only}: use model.compact"
             )
         if slots is not None and slots > compact_over:
             raise ValueError(f"slots must be at most compact_over ({compact_over}), got {slots}")

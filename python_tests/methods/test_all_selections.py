@@ -6,8 +6,10 @@ import torch
 from test_selection_methods import make_layer
 from tiny_models import tiny_ids, tiny_model
 
-from kvcompact_kernels import patch_model
+from kvcompact_kernels import compact, patch_model
 from kvcompact_kernels.methods import get_method, list_methods
+from kvcompact_kernels.methods.cartridge import Cartridge
+from kvcompact_kernels.patch import is_patched
 
 NAMES = [
     "random",
@@ -20,6 +22,7 @@ NAMES = [
     "magicpig",
     "compose",
     "kv_distill",
+    "minicache",
 ]
 
 
@@ -82,13 +85,53 @@ def test_sinks_are_those_of_the_context_and_not_of_a_later_part(name):
     assert not all(has_the_first_tokens(later))
 
 
-@pytest.mark.parametrize("name", sorted(set(list_methods()) - {"full"}))
-def test_every_method_compacts_a_running_conversation(name):
-    model = patch_model(tiny_model(dtype=torch.float32), name, ratio=2, compact_over=24)
+VARIANTS = {
+    "adakv over h2o": ("adakv", {"scorer": "h2o"}),
+    "adakv over pyramidkv": ("adakv", {"scorer": "pyramidkv"}),
+    "matching pursuit": ("attention_matching", {"keys": "omp", "max_queries": 40}),
+    "compose with zsmerge": ("compose", {"first": "h2o", "second": "zsmerge"}),
+    "still in chunks": ("still", {"weights": "identity", "chunk": 16}),
+}
+
+
+def compacts(method):
+    return get_method(method).whole_context_only is None
+
+
+@pytest.mark.filterwarnings("ignore:the package has no weights")
+@pytest.mark.parametrize("name", [*filter(compacts, sorted(set(list_methods()) - {"full"})), *VARIANTS])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_method_compacts_a_running_conversation(name, family):
+    method, options = VARIANTS.get(name, (name, {}))
+    model = patch_model(tiny_model(family, dtype=torch.float32), method, ratio=2, compact_over=24, **options)
     out = model.generate(tiny_ids(1, 60), max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
     session = out.past_key_values
     assert out.sequences.shape == (1, 90) and session.context_length >= 60 + 24
-    held = [int(layer.block.slot_counts.sum()) for layer in session.layers]
-    if name == "pyramidkv":  # layers hold unequal numbers
+    held = [int(layer.block.slot_counts.sum()) for layer in session.layers if not layer.is_sliding]
+    if "pyramidkv" in name:  # layers hold unequal numbers
         held = [sum(held) / len(held)]
     assert all(2 * 0.4 * session.context_length < slots < 2 * 0.6 * session.context_length for slots in held)
+
+
+def test_full_keeps_a_running_conversation_whole():
+    model, ids = tiny_model(dtype=torch.float64), tiny_ids(1, 60)
+    want = model.generate(ids, max_new_tokens=30, do_sample=False)
+    out = patch_model(model, "full", compact_over=24).generate(
+        ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True
+    )
+    assert torch.equal(out.sequences, want)
+    assert [layer.block.num_slots for layer in out.past_key_values.layers] == [out.past_key_values.context_length] * 2
+
+
+def test_methods_that_cannot_compact_a_running_conversation_say_why(tmp_path):
+    model, ids = tiny_model(num_hidden_layers=4, dtype=torch.float32), tiny_ids(1, 30)
+    Cartridge.from_cache(compact(model, ids, "cartridge", slots=8)).save(tmp_path / "c.kvc")
+    for name, options, why in (
+        ("attention_matching", {"queries": "repeat"}, "reads the context twice"),
+        ("compose", {"first": "uniform", "second_options": {"queries": "repeat"}}, "reads the context twice"),
+        ("minicache", {}, "lets layers share slots"),
+        ("cartridge", {"file": tmp_path / "c.kvc"}, "takes the slots of one context from a file"),
+    ):
+        with pytest.raises(ValueError, match=f"compact_over cannot be used with method '{name}', which {why}"):
+            patch_model(model, name, compact_over=24, **options)
+    assert not is_patched(model)
