@@ -29,8 +29,10 @@ from .common import frozen
 from .distill import RESTS, Targets, distillation_loss, hidden_states
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, stable_number, train
 from .self_study import Conversation, Conversations, SelfStudyConfig, prepare_conversations
+from .study_start import study_start
 
 FIRST_TOKENS = "cartridge"
+SELF_STUDY = "self_study"
 SUFFIX = ".kvc"
 
 
@@ -41,8 +43,9 @@ class CartridgeConfig:
     Attributes:
         slots: per KV head and layer.
         init: method whose slots training starts from, with its options as in ``attention_matching:queries=repeat``.
-            "cartridge": the text's first tokens, of which nothing else is read. Any other method reads the whole text,
-            which must fit into the model's positions.
+            "cartridge": the text's first tokens, of which nothing else is read. "self_study": the tokens that the answers of
+            the conversations look at (:func:`.study_start.study_start`). This and any other method reads the whole text,
+            which must fit into the model's positions and, once, into memory.
         sinks: leading slots that stay as they are (the attention sink).
         train_beta: also train a bias per slot.
         tokens: of requests and answers in one batch; conversations of similar length share one, and the padding counts.
@@ -75,12 +78,14 @@ class CartridgeConfig:
             raise ValueError(f"distractors must be in [0, 1], got {self.distractors}")
         self.method()
 
-    def method(self) -> Method:
-        """The method of ``init``.
+    def method(self) -> Method | None:
+        """The method of ``init``; None for "self_study", which is no method, for it needs conversations.
 
         Raises:
             ValueError, TypeError: there is none of that name, or it refuses an option.
         """
+        if self.init == SELF_STUDY:
+            return None
         name, options = parse_spec(self.init)
         return get_method(name, **options)
 
@@ -188,7 +193,7 @@ def train_cartridge(
                 )
                 for name in names
             ]
-            cartridges = [_start(model, ids[name], config) for name in names]
+            cartridges = [_start(model, spec, ids[name], data, config) for name, data in zip(names, conversations)]
             files = [*given, *(entry.path for entry in done)]
             task = _Task(model, spec, names, cartridges, conversations, config, loop.seed, files)
             folder = work if len(groups) == 1 else work / f"group-{number + 1}"
@@ -458,10 +463,13 @@ def _check_distractor(path: Path, model: Any) -> Path:
     return path
 
 
-def _start(model: Any, ids: list[int], config: CartridgeConfig) -> Cartridge:
+def _start(model: Any, spec: ModelSpec, ids: list[int], data: Conversations, config: CartridgeConfig) -> Cartridge:
     """The untrained cartridge."""
     method, device = config.method(), model.device
-    if method.name == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
+    if method is None:
+        sinks = min(4, config.slots - 1)
+        cache = study_start(model, spec, ids, [data[i] for i in data.train], config.slots, max(sinks, config.sinks))
+    elif method.name == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
         context = torch.tensor([ids[: config.slots]], device=device)
         cache = model.compact(context, method="full", ratio=1)
     else:

@@ -9,7 +9,6 @@ distillation takes hours.
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,9 +26,9 @@ from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
 from ..patch.families import decoder, model_spec
 from ..patch.model import compact
-from ..patch.session import CompactSession
 from ..reference import matching
 from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
+from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
@@ -340,7 +339,7 @@ class _Reader:
     def _received(self, past: Any, tails: Sequence[Tail]) -> list[Tensor]:
         """What :func:`received_attention` says of all compacted layers, twice ``[tails, L, Hkv, T]``."""
         ids, _, _ = collate(tails, self.device)
-        session = _Recorder(self.spec, past)
+        session = Recorder(self.spec, past)
         decoder(self.model)(input_ids=ids, past_key_values=session, use_cache=True)
         full = [i for i, kind in enumerate(self.spec.layer_kinds) if kind == "full"]
         parts = [
@@ -354,35 +353,6 @@ class _Reader:
             for i in full
         ]
         return [torch.stack(kind, 1) for kind in zip(*parts)]
-
-
-def received_attention(
-    queries: Tensor, tail_keys: Tensor, keys: Tensor, lengths: Sequence[int], scale: float
-) -> tuple[Tensor, Tensor]:
-    """How much attention a token of a context gets from the queries behind it.
-
-    Args:
-        queries: ``[R, H, n, d]``, rows of new tokens, padded on the right.
-        tail_keys: ``[R, Hkv, n, d]``, of the same tokens, which see one another causally.
-        keys: ``[1, Hkv, T, d]``, of the context.
-        lengths: real tokens of each row.
-        scale: factor on the logits.
-
-    Returns:
-        ``(most, rms)``, fp32 ``[R, Hkv, T]``: maximum and root mean square over a row's queries and the heads of the group.
-    """
-    kv_heads, tokens, dim = keys.shape[1:]
-    most, rms = [], []
-    for row in range(queries.shape[0]):
-        count = lengths[row]
-        q = queries[row, :, :count].float().view(kv_heads, -1, count, dim) * scale
-        there = q @ keys[0].float().transpose(-1, -2)[:, None]
-        here = q @ tail_keys[row, :, :count].float().transpose(-1, -2)[:, None]
-        later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
-        prob = torch.cat([there, here.masked_fill(later, -math.inf)], -1).softmax(-1)[..., :tokens]
-        most.append(prob.amax((1, 2)))
-        rms.append(prob.square().mean((1, 2)).sqrt())
-    return torch.stack(most), torch.stack(rms)
 
 
 class _Capture(Method):
@@ -399,20 +369,3 @@ class _Capture(Method):
         _, _, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
         self.layers.append((layer.rope.unrotate(layer.keys, layer.positions), layer.values, attention))
         return CompactBlock(layer.keys.clone(), layer.values.clone())
-
-
-class _Recorder(CompactSession):
-    """A session that stores nothing of a pass but its queries and keys, by layer."""
-
-    def __init__(self, spec: ModelSpec, past: Any):
-        super().__init__(spec, past)
-        self.functional = True
-        self.queries: dict[int, Tensor] = {}
-        self.tail_keys: dict[int, Tensor] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        self.tail_keys[layer_idx] = key_states
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def after_attention(self, layer_idx: int, query: Tensor) -> None:
-        self.queries[layer_idx] = query

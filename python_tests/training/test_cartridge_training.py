@@ -309,7 +309,7 @@ def test_a_given_file_and_a_memory_limit(model, tokenizer, tmp_path, run_folder)
         fit(model, tokenizer, tmp_path / "f", run_folder, texts, distractors=[another])
 
 
-@pytest.mark.parametrize("init", ["snapkv:window=4", "attention_matching"])
+@pytest.mark.parametrize("init", ["snapkv:window=4", "attention_matching", "self_study"])
 def test_other_starts(model, tokenizer, tmp_path, run_folder, init):
     (made,) = fit(
         model,
@@ -347,6 +347,7 @@ def test_bad_documents_and_models(model, tokenizer, tmp_path):
     refused("one document alone has none", config=replace(CONFIG, distractors=0.5))
     refused("folder .* does not exist", out="nowhere/a.kvc", error=FileNotFoundError)
     refused("2048 positions", TEXT * 20, config=replace(CONFIG, init="snapkv:window=4"))
+    refused("2048 positions", TEXT * 20, config=replace(CONFIG, init="self_study"))
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=261))
     refused("supported are", error=UnsupportedModelError, subject=other)
     sliding = tiny_model("mistral", torch.float32, vocab_size=261, max_position_embeddings=2048, sliding_window=16)

@@ -40,15 +40,17 @@ def trained(out, model=None, **changes):
     return train_selector(model or new_model(), tiny_tokenizer(), [TEXT], out=out, **given)
 
 
-def test_received_attention_is_the_softmax_over_context_and_tail():
+@pytest.mark.parametrize("all_queries", [True, False])
+def test_received_attention_is_the_softmax_over_context_and_tail(all_queries):
     queries, tail = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
     keys = torch.randn(1, 2, 9, 8)
-    most, rms = received_attention(queries, tail, keys, [5, 3], 0.4)
+    begins = None if all_queries else [2, 1]
+    most, rms = received_attention(queries, tail, keys, [5, 3], 0.4, begins)
     for row, count in enumerate((5, 3)):
         for head in range(2):
             seen = []
             for q in queries[row, 2 * head : 2 * head + 2, :count]:
-                for i in range(count):
+                for i in range(begins[row] if begins else 0, count):
                     logits = torch.cat([keys[0, head], tail[row, head, : i + 1]]) @ q[i] * 0.4
                     seen.append(logits.softmax(0)[:9])
             seen = torch.stack(seen)

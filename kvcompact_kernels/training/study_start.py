@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cartridge's start from what its own conversations look at.
+
+Which of a text's tokens will be needed is not to be seen from the text's own attention, but the conversations of
+:mod:`.self_study` ask for its facts: the tokens that their answers are read from are kept, with keys as they are, and biases
+and values fitted to the answers' queries as in Attention Matching (arXiv 2602.16284, which also takes its reference queries
+from self-study).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import CompactBlock, CompactCache
+from ..methods import LayerInput
+from ..methods.attention_matching import fit_slots
+from ..model_spec import ModelSpec
+from ..patch.families import decoder
+from ..reference import matching
+from ..reference.selection import top_tokens
+from .attention import Recorder, received_attention
+from .self_study import Conversation
+
+BATCH = 16
+MAX_POSITIONS = 2048  # of answers, whose queries the fit takes; each gives one to every query head
+# Far above those of Attention Matching: its slots answer for the whole text, where a fact is to be read off its own tokens,
+# and a fit that follows the many answers spoils the one that was not asked for. Chosen in docs/training.md's example.
+MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT = 0.1, 1.0, 7.0
+
+
+@torch.no_grad()
+def study_start(
+    model: Any, spec: ModelSpec, ids: Sequence[int], conversations: Sequence[Conversation], slots: int, sinks: int = 4
+) -> CompactCache:
+    """Slots for the tokens that answers look at.
+
+    The model reads the text, then each conversation behind it. A token's score, for a layer and KV head, is the sum over
+    conversations of the most attention that a query of the answer gives it: a token that one answer hangs on counts as much
+    as one that a hundred queries glance at.
+
+    Args:
+        model: patched and frozen.
+        ids: the text; the model must have as many positions.
+        conversations: on it, at least one.
+        slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``.
+        sinks: first tokens that are kept in any case.
+    """
+    full = model.compact(torch.tensor([list(ids)], device=model.device), method="full", ratio=1)
+    kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
+    scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}
+    queries: dict[int, list[Tensor]] = {i: [] for i in kept}
+    wanted = _positions(conversations)
+    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].prompt) + len(conversations[i].answer))
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        tokens = [torch.cat([conversations[i].prompt, conversations[i].answer[:-1]]) for i in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
+        session = Recorder(spec, full)
+        decoder(model)(input_ids=padded, past_key_values=session, use_cache=True)
+        # the query that an answer's token is predicted from stands one place before it
+        begins = [len(conversations[i].prompt) - 1 for i in rows]
+        for i in kept:
+            seen, keys = session.queries[i], full.layers[i].keys
+            most, _ = received_attention(
+                seen, session.tail_keys[i], keys, [len(x) for x in tokens], spec.scales[i], begins
+            )
+            scores[i] += most.sum(0, keepdim=True)
+            for row, (number, begin) in enumerate(zip(rows, begins)):
+                queries[i].append(seen[row, :, [begin + place for place in wanted[number]]])
+    layers = list(full.layers)
+    for number, i in enumerate(kept):
+        block = full.layers[i]
+        layer = LayerInput(
+            layer_idx=number,
+            num_layers=len(kept),
+            keys=block.keys,
+            values=block.values,
+            queries=None,
+            positions=torch.arange(len(ids), device=model.device),
+            rope=full.ropes["full"],
+            scale=spec.scales[i],
+        )
+        asked = matching.reference_queries(torch.cat(queries.pop(i), 1)[None], block.num_kv_heads)
+        outputs, lse, _ = matching.full_attention(asked, block.keys, block.values, layer.scale)
+        indices = top_tokens(scores[i], slots, first=min(sinks, slots - 1))
+        made = fit_slots(layer, asked, outputs, lse, indices, MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT)
+        layers[i] = CompactBlock(made.keys, made.values, made.beta)
+    return replace(full, layers=tuple(layers))
+
+
+def _positions(conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Places in each answer whose queries are fitted to, ``MAX_POSITIONS`` of all that there are."""
+    places = [(number, place) for number, c in enumerate(conversations) for place in range(len(c.answer))]
+    if len(places) > MAX_POSITIONS:
+        places = sorted(random.Random(0).sample(places, MAX_POSITIONS))
+    chosen: list[list[int]] = [[] for _ in conversations]
+    for number, place in places:
+        chosen[number].append(place)
+    return chosen

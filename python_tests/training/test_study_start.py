@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start of a cartridge from its conversations' answers."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from kvcompact_kernels.cache import WindowBlock
+from kvcompact_kernels.patch import model_spec
+from kvcompact_kernels.training.common import frozen
+from kvcompact_kernels.training.distill import Targets
+from kvcompact_kernels.training.self_study import Conversation
+from kvcompact_kernels.training.study_start import study_start
+
+TEXT = list(range(3, 40))
+NOTHING = Targets(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1))
+
+
+def conversation(prompt, answer):
+    return Conversation(torch.tensor(prompt), torch.tensor(answer), NOTHING, "question")
+
+
+TALKS = [conversation([50, 51, 52], [60, 61]), conversation([53], [62, 63, 64, 65]), conversation([54, 55], [66])]
+
+
+def started(model, talks, slots, **options):
+    with frozen(model):
+        return study_start(model, model_spec(model), TEXT, talks, slots, **options)
+
+
+def attention_of_answers(model, talks):
+    """By the model's own eager attention: [conversation][layer] -> [H, T], the most that a query of its answer gives."""
+    model.set_attn_implementation("eager")
+    found = []
+    for talk in talks:
+        ids = torch.cat([torch.tensor(TEXT), talk.prompt, talk.answer[:-1]])[None]
+        maps = model(ids, output_attentions=True).attentions
+        found.append([x[0, :, -len(talk.answer) :, : len(TEXT)].amax(1) for x in maps])
+    return found
+
+
+@torch.no_grad()
+def test_the_tokens_that_answers_look_at_are_kept():
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    cache = started(model, TALKS, 9, sinks=2)
+    with frozen(model):
+        full = model.compact(torch.tensor([TEXT]), method="full", ratio=1)
+    attention = attention_of_answers(model, TALKS)
+    assert cache.logical_length == len(TEXT) and cache.num_slots == 9
+    for number, block in enumerate(cache.layers):
+        heads = block.num_kv_heads
+        scores = sum(talk[number].view(heads, -1, len(TEXT)).amax(1) for talk in attention)
+        scores[:, :2] = math.inf
+        for head in range(heads):
+            wanted = scores[head].topk(9).indices.sort().values
+            torch.testing.assert_close(block.keys[0, head], full.layers[number].keys[0, head, wanted])
+        assert block.beta is not None and block.beta.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_question_that_comes_often_counts_more_than_a_long_answer():
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    often = started(model, TALKS[:1] * 50 + TALKS[1:2], 8)
+    alone = started(model, TALKS[:1], 8)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(often.layers, alone.layers))
+    other = started(model, TALKS[1:2], 8)
+    assert any(not torch.equal(a.keys, b.keys) for a, b in zip(other.layers, alone.layers))
+
+
+@torch.no_grad()
+def test_all_slots_are_the_text_itself():
+    model = tiny_model("llama", torch.float64, max_position_embeddings=128)
+    cache = started(model, TALKS, len(TEXT))
+    talk = torch.tensor([[50, 51, 52, 60, 61]])
+    whole = model(torch.cat([torch.tensor([TEXT]), talk], 1)).logits[:, len(TEXT) :]
+    with frozen(model):
+        torch.testing.assert_close(model(talk, past_key_values=cache).logits, whole)
+
+
+@torch.no_grad()
+def test_sliding_layers_keep_their_window():
+    model = tiny_model("gemma3_text", torch.float32, max_position_embeddings=128)
+    cache = started(model, TALKS, 8)
+    spec = model_spec(model)
+    assert "sliding" in spec.layer_kinds
+    for kind, block in zip(spec.layer_kinds, cache.layers):
+        assert isinstance(block, WindowBlock) == (kind == "sliding")
+        if kind == "full":
+            assert block.num_slots == 8
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@torch.no_grad()
+def test_few_slots(slots):
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    assert started(model, TALKS, slots).num_slots == slots
