@@ -159,14 +159,22 @@ def _still_cases(arch: str, table: dict[str, list[dict]]) -> Iterator[Case]:
                 halves = tile_halves(head_dim, width)
                 if bits == 32 and 2 * head_dim != entry["dim"]:
                     continue
-                variants = (
-                    ["bias+norm", "plain"] if projects else ["-> fp32", "-> half"] if kernel == "attend" else [""]
-                )
+                variants = [""]
+                if kernel == "project_keys":
+                    variants = ["bias+norm", "plain", "bias+norm layers"]
+                elif projects:
+                    variants = ["bias+norm", "plain"]
+                elif kernel == "attend":
+                    variants = ["-> fp32", "-> half", "-> fp32 layers", "-> half layers"]
                 for variant in variants:
-                    if variant in ("plain", "-> half") and (bits == 32 or 2 * head_dim != entry["dim"]):
+                    layers = variant.endswith("layers")
+                    whole = 2 * head_dim == entry["dim"]
+                    if variant in ("plain", "-> half", "-> half layers") and (bits == 32 or not whole):
                         continue
                     element = _element(bits, "fp16" if variant in ("plain", "-> half") else "bf16")
-                    flags = dict.fromkeys(("HAS_BIAS", "HAS_NORM"), int(variant == "bias+norm")) if projects else {}
+                    flags = dict.fromkeys(("HAS_BIAS", "HAS_NORM"), int(variant.startswith("bias"))) if projects else {}
+                    if kernel in ("project_keys", "attend"):
+                        flags |= dict.fromkeys(("LAYERS", "ALIGNED"), int(layers))
                     inputs = ("Q", "K", "V", "Weight", "Projected", "Free", "DOut", "DProjected", "DKeys", "DValues")
                     yield Case(
                         kernel,
@@ -187,7 +195,8 @@ def _still_cases(arch: str, table: dict[str, list[dict]]) -> Iterator[Case]:
                             **dict.fromkeys(inputs, f"*{element}"),
                             **dict.fromkeys(("Cos", "Sin", "IntCos", "IntSin", "Lse", "Delta", "Partial"), "*fp32"),
                             **dict.fromkeys(("Bias", "Norm", "DQuery"), "*fp32"),
-                            "Out": "*fp32" if variant == "-> fp32" else f"*{element}",
+                            "Table": "*i64",
+                            "Out": "*fp32" if variant.startswith("-> fp32") else f"*{element}",
                             "norm_eps": "fp32",
                         },
                         entry["warps"],

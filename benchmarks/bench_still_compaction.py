@@ -85,8 +85,14 @@ class Layer:
 
 
 def check_layer(layer: Layer, backend: str = "cpu") -> None:
+    check_block(
+        layer, still_compaction(layer.keys, layer.values, layer.params, layer.config, layer.rope, backend=backend)
+    )
+
+
+def check_block(layer: Layer, got: tuple) -> None:
+    """The error budget of a layer's keys, values and bias."""
     args = (layer.config, layer.rope)
-    got = still_compaction(layer.keys, layer.values, layer.params, *args, backend=backend)
     naive = reference.still_compaction(layer.keys, layer.values, layer.params, *args)
     wide = {name: p.double() for name, p in layer.params.items()}
     truth = reference.still_compaction(layer.keys.double(), layer.values.double(), wide, *args)

@@ -31,15 +31,14 @@ def check_tensor(
 
 
 def check_layers(**lists: object) -> int:
-    """The common length of lists (or tuples) with an entry a layer; None stands for a list that was left out."""
+    """The common length of lists (or tuples) with an entry a layer."""
     first, count = "", 0
     for name, value in lists.items():
-        if value is None:
-            continue
         if not isinstance(value, (list, tuple)):
-            raise TypeError(
-                f"{name} must be a list with an entry a layer, as {first or 'others'}, got {type(value).__name__}"
+            wanted = (
+                f"a list with an entry a layer, as {first} is" if first else "a tensor, or a list with an entry a layer"
             )
+            raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}")
         if not value:
             raise ValueError(f"{name} must hold at least one layer, got an empty list")
         if first and len(value) != count:

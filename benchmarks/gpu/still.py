@@ -3,7 +3,8 @@
 
 ``default`` is two blocks with self-attention over the latents, ``one_block`` cross-attention and heads alone. Peers: the
 definition (eager), the definition compiled, and the composed route (projections by cuBLAS, SDPA at head dim 2d) with each SDPA
-backend. Layers are different tensors and lie one behind the other in one graph; a row's time is that of all of them.
+backend. Layers are different tensors. A kernel has two rows: all layers in one call, and a call a layer ("layer by layer"),
+one behind the other in one graph, as the peers run; a row's time is that of all layers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 
 import routes
 import torch
-from bench_still_compaction import CONFIGS, MODELS, Case, Layer, check_layer
+from bench_still_compaction import CONFIGS, MODELS, Case, Layer, check_block
 from common import temporary_bytes
 from lab import Bench, Goal, Work
 from torch.nn.attention import sdpa_kernel
@@ -57,6 +58,26 @@ def of_layer(layer: Layer, backend: str) -> tuple:
     return still_compaction(layer.keys, layer.values, layer.params, layer.config, layer.rope, backend=backend)
 
 
+def together(layers: list[Layer], backend: str) -> list[tuple]:
+    keys, values, params = zip(*((x.keys, x.values, x.params) for x in layers))
+    return still_compaction(keys, values, params, layers[0].config, layers[0].rope, backend=backend)
+
+
+def both_ways(names: list[str], layers: list[Layer], at_once: Callable, one: Callable) -> dict[str, Callable[[], list]]:
+    """Calls that give ``[keys, values, bias, keys, ...]``: of all layers in one call, and of a call a layer."""
+    calls = {}
+    for name in names:
+        calls[name] = lambda name=name: [x for block in at_once(layers, name) for x in block]
+        calls[f"{name}, layer by layer"] = partial(of_all, layers, partial(one, backend=name))
+    return calls
+
+
+def check_one(layers: list[Layer], check: Callable[[Layer, tuple], None], call: Callable[[], list]) -> None:
+    """Checks what a call gives for one of the layers, taken at random."""
+    i = int(torch.randint(len(layers), ()))
+    check(layers[i], tuple(call()[3 * i : 3 * i + 3]))
+
+
 def composed(layer: Layer, name: str) -> tuple:
     with sdpa_kernel(routes.BACKENDS[name]):
         return of_layer(layer, "torch")
@@ -83,8 +104,8 @@ def whole(bench: Bench, case: Case, name: str) -> None:
     config = StillConfig(slots=case.slots, head_dim=MODELS[case.model][2], **CONFIGS[name])
     layers = layers_of(bench, case, config)
     names = bench.kernels("still_cross_attention", lambda backend: of_layer(layers[0], backend))
-    names = list(bench.right(names, partial(check_layer, layers[0])))
-    ours = {b: partial(of_all, layers, partial(of_layer, backend=b)) for b in names}
+    ours = both_ways(list(names), layers, together, of_layer)
+    ours = bench.right(ours, lambda name: check_one(layers, check_block, ours[name]))
     compiled = routes.compiled(reference.still_compaction, bench.smoke)
 
     def run_compiled(layer: Layer) -> tuple:
@@ -93,7 +114,7 @@ def whole(bench: Bench, case: Case, name: str) -> None:
     peers = {"eager": partial(of_all, layers, eager), "eager compiled": partial(of_all, layers, run_compiled)}
     routes_composed = {f"composed {n}": partial(of_all, layers, partial(composed, name=n)) for n in routes.BACKENDS}
     peers |= routes_composed
-    wanted = ours[names[0]]()[1]  # values: keys and bias alike, but only one can be named
+    wanted = next(iter(ours.values()))()[1]  # values: keys and bias alike, but only one can be named
     expected = dict.fromkeys(peers, wanted)
     second = {n: (lambda f=f: _values_first(f())) for n, f in peers.items()}
     memory = {n: temporary_bytes(f, bench.device) for n, f in {**ours, "eager": peers["eager"]}.items()}
@@ -142,10 +163,14 @@ def chunked(bench: Bench, case: Case, chunk: int) -> None:
         )
 
     names = bench.kernels("still_cross_attention", lambda backend: of_layer_head(layers[0], chunk, backend))
-    check = lambda backend: check_chunk(layers[0], chunk, of_chunks(layers[0], backend))
-    names = list(bench.right(names, check))
-    ours = {b: partial(of_all, layers, partial(of_chunks, backend=b)) for b in names}
-    wanted = ours[names[0]]()[1]
+
+    def at_once(layers: list[Layer], backend: str) -> list[tuple]:
+        keys, values, params = zip(*((x.keys, x.values, x.params) for x in layers))
+        return still_compaction_chunked(keys, values, params, config, layers[0].rope, chunk, backend=backend)
+
+    ours = both_ways(list(names), layers, at_once, of_chunks)
+    ours = bench.right(ours, lambda name: check_one(layers, partial(check_chunk, chunk=chunk), ours[name]))
+    wanted = next(iter(ours.values()))()[1]
     peers = {"composed": lambda: _values_first(of_all(layers, partial(of_chunks, backend="torch")))}
     memory = {n: temporary_bytes(f, bench.device) for n, f in ours.items()}
     times = bench.time(ours, peers, {"composed": wanted}, graphs=False, least_calls=3)
@@ -171,7 +196,7 @@ def of_layer_head(layer: Layer, tokens: int, backend: str) -> tuple:
     return still_compaction(keys, values, layer.params, layer.config, layer.rope, backend=backend)
 
 
-def check_chunk(layer: Layer, chunk: int, got: tuple) -> None:
+def check_chunk(layer: Layer, got: tuple, chunk: int) -> None:
     """The error budget of one chunk, taken at random."""
     from kvcompact_kernels.testing.budget import assert_within_budget
 

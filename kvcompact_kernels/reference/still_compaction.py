@@ -9,7 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn import functional
+from torch.nn.functional import silu
 
 from ..rope import Rope
 from ..still_config import StillConfig, int_inv_freq
@@ -25,6 +26,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation by the negative angle."""
     return rotate(x, cos, -sin)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; of several layers' weights ``[L, m, n]`` each acts on its own part of ``x [L, ..., n]``."""
+    if weight.ndim == 2:
+        return functional.linear(x, weight, bias)
+    y = (x.flatten(1, -2) @ weight.transpose(1, 2)).unflatten(1, x.shape[1:-1])
+    return y if bias is None else y + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -142,7 +151,9 @@ def read_out(
     cos, sin = rope.tables(positions, accumulation_dtype(latents.dtype))
     keys = rotate(linear(latents, params["key_head"]), cos, sin) * rope.attention_scaling
     values = linear(latents, params["value_head"])
-    beta = (latents @ params["beta_head"]).to(accumulation_dtype(dtype)) if config.use_beta else None
+    beta = None
+    if config.use_beta:
+        beta = linear(latents, params["beta_head"][..., None, :])[..., 0].to(accumulation_dtype(dtype))
     return keys.to(dtype), values.to(dtype), beta
 
 

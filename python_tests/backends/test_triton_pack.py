@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES
+from triton_cases import DEVICES, Counted
 
 pytest.importorskip("triton")
 from kvcompact_kernels.backends.triton import pack as backend
@@ -78,17 +78,6 @@ def test_layers_of_any_length_and_layout_in_one_launch(device, dtype, head_dim, 
         for got, want in zip(pair, pack_slots(*layer)):
             assert got.is_contiguous() and torch.equal(got, want)
             assert got.untyped_storage().nbytes() == got.numel() * got.element_size()
-
-
-class Counted:
-    """A kernel that notes its grids."""
-
-    def __init__(self, kernel, grids):
-        self.kernel, self.grids = kernel, grids
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
 
 
 def test_layers_without_slots(device):

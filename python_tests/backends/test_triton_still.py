@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES
+from triton_cases import DEVICES, Counted
 from triton_still_cases import ATTEND, PROJECT, check_forward, make_inputs
 
 pytest.importorskip("triton")
@@ -69,15 +69,86 @@ def test_groups_reuse_the_workspace(device, monkeypatch, fitting, groups):
     assert [group.first_pair + i for group in plans[0] for i in range(group.pairs)] == list(range(6))
 
 
-def test_outputs_are_written_in_full(device, monkeypatch):
-    """Fresh memory is poisoned: whatever a launch forgets stays NaN."""
-    args = make_inputs(device, tokens=37, slots=19, head_dim=24, kv_heads=2)
+def make_layers(device, count=3, dtype=torch.float16, odd=False, **sizes):
+    """Calls that share tables, with memory layouts that differ; ``odd``: one lies at addresses of single elements."""
+    layers = [list(make_inputs(device, dtype, **sizes)) for _ in range(count)]
+    for layer in layers[1:]:
+        layer[6:] = layers[0][6:]
+    if count > 1:
+        for i in (0, 1, 2):  # [B, T, Hkv, d] in memory
+            layers[1][i] = layers[1][i].transpose(1, 2).contiguous().transpose(1, 2)
+    gap = torch.full_like(layers[-1][1], float("nan"))
+    wide = torch.cat([gap[..., :1], layers[-1][1], gap], -1) if odd else torch.cat([gap, layers[-1][1]], -1)
+    first = 1 if odd else gap.shape[3]
+    layers[-1][1] = wide[..., first : first + gap.shape[3]]
+    layers[-1][3] = layers[-1][3].t().contiguous().t()
+    return [tuple(layer) for layer in layers]
+
+
+def poison_fresh_memory(monkeypatch):
     real = torch.Tensor.new_empty
 
     def poisoned_empty(self, *shape, **kwargs):
-        return real(self, *shape, **kwargs).fill_(float("nan"))
+        found = real(self, *shape, **kwargs)
+        return found.fill_(float("nan")) if found.is_floating_point() else found
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
+
+
+LAYERS = {
+    "one layer": {"count": 1},
+    "three": {"kv_heads": 2, "tokens": 37, "slots": 19},
+    "odd addresses": {"kv_heads": 2, "tokens": 37, "odd": True},
+    "head dim 6": {"head_dim": 6, "count": 2},
+    "head dim 80, no norm": {"head_dim": 80, "tokens": 35, "batch": 1, "norm": False},
+    "a query each, no bias": {"kv_heads": 2, "tokens": 33, "query_shape": (2, 2), "bias": False},
+    "tables of each request": {"batch": 3, "batched_tables": True},
+    "one token, one slot": {"tokens": 1, "slots": 1, "count": 4},
+    "bfloat16": {"dtype": torch.bfloat16, "tokens": 50},
+    "float32": {"dtype": torch.float32, "tokens": 50},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_layers(device, name, splits):
+    layers = make_layers(device, **LAYERS[name])
+    pooled, lse = backend.run_layers(layers, configs=(PROJECT, ATTEND), splits=splits)
+    for i, layer in enumerate(layers):
+        check_forward((pooled[i], lse[i]), layer)
+
+
+@pytest.mark.parametrize("fitting,groups", [(1, 12), (2, 6), (4, 3), (6, 2), (99, 1)])
+def test_a_group_holds_requests_of_several_layers(device, monkeypatch, fitting, groups):
+    """Three launches a group, however many layers share it; memory that a launch forgets stays NaN."""
+    from kvcompact_kernels.backends.triton.kernels import attention_forward, still_cross_attention
+
+    layers = make_layers(device, batch=2, kv_heads=2, tokens=41, head_dim=32)
+    launches = []
+    for module, name in (
+        (still_cross_attention, "project_keys"),
+        (still_cross_attention, "attend"),
+        (attention_forward, "merge"),
+    ):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), launches))
+    monkeypatch.setattr(backend, "plan_groups", lambda b, h, size: plan_groups(b, h, size, fitting * size))
+    poison_fresh_memory(monkeypatch)
+    pooled, lse = backend.run_layers(layers, configs=(PROJECT, ATTEND), splits=2)
+    assert len(launches) == 3 * groups
+    for i, layer in enumerate(layers):
+        check_forward((pooled[i], lse[i]), layer)
+
+
+def test_layers_without_slots(device):
+    layers = make_layers(device)
+    pooled, lse = backend.run_layers([(x[0][:, :, :0], *x[1:]) for x in layers])
+    assert pooled.shape == (3, 2, 1, 0, 128) and lse.shape == (3, 2, 1, 0)
+
+
+def test_outputs_are_written_in_full(device, monkeypatch):
+    """Fresh memory is poisoned: whatever a launch forgets stays NaN."""
+    args = make_inputs(device, tokens=37, slots=19, head_dim=24, kv_heads=2)
+    poison_fresh_memory(monkeypatch)
     for splits in (1, 5):
         check_forward(backend.forward(*args, configs=(PROJECT, ATTEND), splits=splits), args)
 
@@ -106,8 +177,9 @@ def test_nothing_to_do(device):
     assert pooled.shape == (2, 1, 0, 128) and lse.shape == (2, 1, 0)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("far", ["tokens", "requests"])
-def test_offsets_beyond_31_bits(device, far):
+def test_offsets_beyond_31_bits(device, far, layers):
     """Strides so large that 32-bit offsets would wrap; the memory is virtual and mostly untouched."""
     batch, tokens, dim = (1, 34, 64) if far == "tokens" else (3, 20, 64)
     strides = (0, 0, 1 << 26, 1) if far == "tokens" else (1 << 30, 0, dim, 1)
@@ -122,4 +194,6 @@ def test_offsets_beyond_31_bits(device, far):
         view = buffer.as_strided((batch, 1, tokens, dim), strides, start)
         view.copy_(args[which])
         args[which] = view
-    check_forward(backend.forward(*args, configs=(PROJECT, ATTEND), splits=2), args)
+    near = (*make_inputs(device, batch=batch, tokens=tokens, head_dim=dim)[:6], *args[6:])
+    pooled, lse = backend.run_layers([near, args][-layers:], configs=(PROJECT, ATTEND), splits=2)
+    check_forward((pooled[-1], lse[-1]), args)

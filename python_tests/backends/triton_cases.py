@@ -27,6 +27,18 @@ DEVICES = [
     ),
 ]
 
+
+class Counted:
+    """A kernel that notes its grids."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
 # Keywords of make_inputs: short queries in every kind of call.
 DECODE = {
     "plain": {},

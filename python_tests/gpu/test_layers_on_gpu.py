@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a GPU can show of launches that serve many layers: real sizes, races, graphs, no waiting, memory that is freed."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends"))
+from triton_still_cases import check_forward, make_inputs
+
 from kvcompact_kernels.backends.triton import pack
-from kvcompact_kernels.ops import pack_slots
+from kvcompact_kernels.backends.triton import still_compaction as still
+from kvcompact_kernels.ops import pack_slots, still_compaction, still_compaction_chunked
 from kvcompact_kernels.reference.pack import pack_slots as packed_by_definition
+from kvcompact_kernels.rope import Rope
+from kvcompact_kernels.still_config import StillConfig, init_still_parameters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +92,111 @@ def test_the_single_layer_takes_no_table(monkeypatch):
     monkeypatch.setattr(pack.runtime, "device_table", None)
     for got, want in zip(pack_slots(keys, values, kept), packed_by_definition(keys[0], values[0], kept[0])):
         assert torch.equal(got[0], want)
+
+
+def cross_layers(count, dtype, **sizes):
+    layers = [make_inputs("cuda", dtype, **sizes) for _ in range(count)]
+    return [(*layer[:6], *layers[0][6:]) for layer in layers]
+
+
+SHAPES = {
+    "Qwen3-4B, 8k to 1k": (2, {"batch": 1, "kv_heads": 8, "tokens": 8192, "slots": 1024, "head_dim": 128}),
+    "SmolLM2, 1k to 64": (30, {"batch": 1, "kv_heads": 3, "tokens": 1024, "slots": 64, "head_dim": 64}),
+    "short chunks": (
+        6,
+        {"batch": 5, "kv_heads": 2, "tokens": 100, "slots": 13, "head_dim": 128, "batched_tables": True},
+    ),
+    "head dim 96": (3, {"batch": 2, "kv_heads": 2, "tokens": 333, "slots": 130, "head_dim": 96}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", SHAPES)
+def test_layers_share_launches(name, dtype):
+    layers = cross_layers(SHAPES[name][0], dtype, **SHAPES[name][1])
+    first = still.run_layers(layers)
+    for i in (0, len(layers) // 2, len(layers) - 1):
+        check_forward((first[0][i], first[1][i]), layers[i])
+    for _ in range(20):
+        for x, y in zip(first, still.run_layers(layers)):
+            assert torch.equal(x, y)
+
+
+def compactor_inputs(count=36, tokens=2048, slots=256, dtype=torch.bfloat16, **options):
+    config = StillConfig(slots=slots, head_dim=128, **options)
+    params = [init_still_parameters(config, dtype=dtype, device="cuda") for _ in range(count)]
+    params = [{name: x + 0.05 * torch.randn_like(x) for name, x in p.items()} for p in params]
+    keys, values = ([torch.randn(1, 8, tokens, 128, device="cuda").to(dtype) for _ in range(count)] for _ in "kv")
+    return keys, values, params, config, Rope(Rope.default(128).inv_freq.cuda())
+
+
+@pytest.mark.parametrize("chunk", [None, 512])
+def test_compaction_of_all_layers_waits_for_nothing_and_replays(chunk):
+    args = compactor_inputs(count=4)
+
+    def run():
+        if chunk is None:
+            return still_compaction(*args, backend="triton")
+        return still_compaction_chunked(*args[:3], StillConfig(64, 128), args[4], chunk, backend="triton")
+
+    if chunk is not None:
+        args = (*compactor_inputs(count=4, slots=64)[:3], *args[3:])
+    wanted = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for block in got:
+        for x in block:
+            x.fill_(float("nan"))
+    graph.replay()
+    for block, want in zip(got, wanted):
+        for x, y in zip(block, want):
+            assert torch.equal(x, y)
+
+
+def test_launches_follow_the_bytes_and_not_the_layers():
+    """As many launches for 12 layers as for 4, both small; one layer needs as many."""
+    from torch.profiler import ProfilerActivity, profile
+
+    counts = {}
+    for layers in (1, 4, 12):
+        args = compactor_inputs(count=layers, tokens=256, slots=32, num_blocks=1)
+        still_compaction(*args, backend="triton")
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            still_compaction(*args, backend="triton")
+            torch.cuda.synchronize()
+        kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        counts[layers] = sum("project_keys" in name or "attend" in name for name in kernels)
+    assert counts[1] == counts[4] == counts[12], counts
+
+
+def test_temporary_memory_of_all_layers():
+    """At the shapes of Qwen3-4B, 8k to 1k: at most 5% of the keys and values of the 36 layers, slots not counted."""
+    args = compactor_inputs(tokens=8192, slots=1024)
+    kept = still_compaction(*args, backend="triton")
+    size = sum(x.nbytes for block in kept for x in block)
+    del kept
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    again = still_compaction(*args, backend="triton")
+    peak = torch.cuda.max_memory_allocated() - before - size
+    assert again and peak <= 0.05 * 36 * 2 * 8 * 8192 * 128 * 2, peak
+
+
+def test_training_runs_through_the_kernels():
+    keys, values, params, config, rope = compactor_inputs(3, 700, 64, torch.float32, num_blocks=1)
+    leaves = [x.requires_grad_() for p in params for x in p.values()]
+
+    def gradients(blocks):
+        return torch.autograd.grad(sum(x.square().sum() for block in blocks for x in block), leaves)
+
+    got = gradients(still_compaction(keys, values, params, config, rope, backend="triton"))
+    wanted = gradients(still_compaction(keys, values, params, config, rope, backend="torch"))
+    for x, y in zip(got, wanted):
+        assert (x - y).abs().max() <= 1e-3 * y.abs().max().clamp_min(1e-6)

@@ -4,7 +4,9 @@
 The pairs of a request and a KV head are independent. They are worked off in groups: a group's projected and un-rotated
 keys fit a small workspace (about half of the L2 cache of a large GPU), which the next group uses again. Per group one
 launch projects the keys and one attends to them; where the slots alone do not fill the device, the tokens are split and
-a third launch merges. Chunks of a long context are more requests, so one set of launches serves them all.
+a third launch merges. Chunks of a long context are more requests, and so are other layers, whose tensors the kernels look up
+in a table: a group may hold requests of several layers, so short contexts fill the device, and the number of launches follows
+the bytes and not the layers.
 
 Nothing waits for the device, and nothing is allocated but the outputs and one workspace.
 """
@@ -12,6 +14,7 @@ Nothing waits for the device, and nothing is allocated but the outputs and one w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +32,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs that one set of launches serves: some heads of one request, or all heads of several."""
+    """Pairs that one set of launches serves: some heads of one request, or all heads of several (of any layers)."""
 
     first_batch: int
     batches: int
@@ -80,25 +83,46 @@ declines = runtime.declines_cpu
 
 
 class _Call:
-    """What the launches of a forward or backward call have in common: sizes, layouts, tables."""
+    """What the launches of a forward or backward call have in common: sizes, layouts, tables.
 
-    def __init__(self, query, keys, values, key_weight, key_bias, key_norm, cos, sin, int_cos, int_sin, norm_eps):
-        self.query, self.keys, self.values = query, keys, values
-        self.batch, self.kv_heads, self.tokens, self.head_dim = keys.shape
-        self.slots, self.width = query.shape[2:]
-        self.weight, self.bias, self.norm = key_weight.contiguous(), key_bias, key_norm
+    ``layers`` hold ``(query, keys, values, key_weight, key_bias, key_norm)`` each, of the same shapes, dtypes and device. The
+    launches see the first one's tensors, and those of more layers through ``table``.
+    """
+
+    def __init__(self, layers: Sequence[tuple], cos, sin, int_cos, int_sin, norm_eps):
+        self.layers = [(q, k, v, w.contiguous(), b, n) for q, k, v, w, b, n in layers]
+        self.query, self.keys, self.values, self.weight, self.bias, self.norm = self.layers[0]
+        self.many = len(layers) > 1
+        self.batch, self.kv_heads, self.tokens, self.head_dim = self.keys.shape
+        self.slots, self.width = self.query.shape[2:]
         self.tables = [x.contiguous() for x in (cos, sin, int_cos, int_sin)]
         self.table_stride = self.tables[0].stride(0) if cos.ndim == 3 and cos.shape[0] > 1 else 0
         self.norm_eps = norm_eps
-        self.bits = query.element_size() * 8
+        self.bits = self.query.element_size() * 8
         halves = tile_halves(self.head_dim, self.width)
         self.dims = {"HEAD_DIM": self.head_dim, "HP": halves[0], "WIDTH": self.width, "WH": halves[1]}
         self.free_columns, self.columns = 2 * halves[0], 2 * halves[1]
-        self.arch = runtime.arch_name(query.device)
-        self.sms = runtime.multiprocessors(query.device)
-        pair_bytes = self.tokens * (self.free_columns + self.columns) * query.element_size()
-        self.groups = plan_groups(self.batch, self.kv_heads, pair_bytes)
+        self.arch = runtime.arch_name(self.query.device)
+        self.sms = runtime.multiprocessors(self.query.device)
+        pair_bytes = self.tokens * (self.free_columns + self.columns) * self.query.element_size()
+        self.groups = plan_groups(len(layers) * self.batch, self.kv_heads, pair_bytes)
         self.most_pairs = max(group.pairs for group in self.groups)
+        self.table, self.aligned = self.query, False
+        if self.many:
+            addresses = [
+                [(w if x is None else x).data_ptr() for x in (q, k, v, w, b, n)] for q, k, v, w, b, n in self.layers
+            ]
+            strides = [[s for x in layer[:3] for s in runtime.strides(x, 3)] for layer in self.layers]
+            self.table = runtime.device_table([a + s for a, s in zip(addresses, strides)], self.query.device)
+            self.aligned = all(runtime.aligned(a, s) for a, s in zip(addresses, strides))
+
+    def strides(self, tensor: Tensor) -> list[int]:
+        """Strides as a launch takes them; the table has those of many layers."""
+        return [0, 0, 0] if self.many else runtime.strides(tensor, 3)
+
+    @property
+    def layered(self) -> dict[str, bool]:
+        return {"LAYERS": self.many, "ALIGNED": self.aligned}
 
     def pick(self, kernel: str, rows: int) -> Config:
         return runtime.pick(self.arch, kernel, self.bits, self.columns, rows)
@@ -124,16 +148,19 @@ class _Call:
             *self.tables,
             projected,
             free,
+            self.table,
             self.norm_eps,
-            *runtime.strides(self.keys, 3),
-            *runtime.strides(self.values, 3),
+            *self.strides(self.keys),
+            *self.strides(self.values),
             self.table_stride,
             self.tokens,
+            self.batch,
             group.first_batch,
             group.first_head,
             group.heads,
             head_parts,
             **self.dims,
+            **self.layered,
             BM=config.BM,
             BN=config.BN,
             HAS_BIAS=self.bias is not None,
@@ -164,12 +191,27 @@ def forward(
 
     ``configs`` (of the projection and of the attention) and ``splits`` override the plan, for tests and measurements.
     """
+    layer = (query, keys, values, key_weight, key_bias, key_norm, cos, sin, int_cos, int_sin, scale, norm_eps)
+    pooled, lse = run_layers([layer], configs=configs, splits=splits)
+    return pooled[0], lse[0]
+
+
+def run_layers(
+    layers: Sequence[tuple],
+    need_lse: bool = True,
+    configs: tuple[Config, Config] | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(pooled [L, B, Hkv, t, 2d], lse [L, B, Hkv, t])`` of L calls of :func:`forward`, whose shapes, dtypes and device
+    agree, and which share the tables and the two numbers behind them; without gradients."""
     from .compact_attention import merge_tile
     from .kernels import attention_forward, still_cross_attention
 
-    call = _Call(query, keys, values, key_weight, key_bias, key_norm, cos, sin, int_cos, int_sin, norm_eps)
-    pooled = query.new_empty(call.batch, call.kv_heads, call.slots, 2 * call.head_dim)
-    lse = query.new_empty(pooled.shape[:3], dtype=torch.float32)
+    *tables, scale, norm_eps = layers[0][6:]
+    call = _Call([layer[:6] for layer in layers], *tables, norm_eps)
+    query, values = call.query, call.values
+    pooled = query.new_empty(len(layers), call.batch, call.kv_heads, call.slots, 2 * call.head_dim)
+    lse = query.new_empty(pooled.shape[:4], dtype=torch.float32)
     if pooled.numel() == 0:
         return pooled, lse
     if call.tokens == 0:
@@ -196,16 +238,19 @@ def forward(
                 values,
                 part_out if splits > 1 else out,
                 part_lse if splits > 1 else row_lse,
+                call.table,
                 scale * LOG2E,
-                *runtime.strides(query, 3),
-                *runtime.strides(values, 3),
+                *call.strides(query),
+                *call.strides(values),
                 call.tokens,
                 call.slots,
+                call.batch,
                 call.kv_heads,
                 group.first_pair,
                 group.pairs,
                 splits,
                 **call.dims,
+                **call.layered,
                 BM=config.BM,
                 BN=config.BN,
                 UPCAST=runtime.interpreted(),
@@ -256,7 +301,8 @@ def backward(
     """
     from .kernels import still_backward as kernels
 
-    call = _Call(query, keys, values, key_weight, key_bias, key_norm, cos, sin, int_cos, int_sin, norm_eps)
+    layer = (query, keys, values, key_weight, key_bias, key_norm)
+    call = _Call([layer], cos, sin, int_cos, int_sin, norm_eps)
     kv_heads, tokens, slots = call.kv_heads, call.tokens, call.slots
     head_dim, width, half = call.head_dim, call.width, call.columns // 2
     like = {"dtype": torch.float32, "device": query.device}

@@ -2,7 +2,8 @@
 """STILL's cross-attention: keys un-rotated, projected and rotated by one kernel, then attended to by another.
 
 Pairs. A request's KV head is a pair, numbered ``request * kv_heads + head``; a launch covers a range of pairs whose
-projected keys fit a workspace, laid out ``[pair of the range, token, column]``.
+projected keys fit a workspace, laid out ``[pair of the range, token, column]``. With ``LAYERS`` requests are numbered through
+the layers, ``layer * batch + request``, and what lies elsewhere in each layer is looked up in a table.
 
 Columns. Rotations work on halves, and tiles are powers of two: a vector of ``n`` dimensions is two tiles of ``H`` columns,
 zeros beyond ``n / 2``. Projected keys (width D: tiles of ``WH``) and un-rotated keys (head dimension d: tiles of ``HP``)
@@ -14,8 +15,21 @@ import triton
 import triton.language as tl
 
 from .common import LN2, dot, load_tile, narrow
+from .layers import table_pointer, table_row, table_stride
 
-SIZES = ["tokens", "slots", "kv_heads", "first_pair", "first_batch", "first_head", "heads", "head_parts", "splits"]
+SIZES = [
+    "tokens",
+    "slots",
+    "kv_heads",
+    "first_pair",
+    "first_batch",
+    "first_head",
+    "heads",
+    "head_parts",
+    "splits",
+    "batch_size",
+]
+COLUMNS = tl.constexpr(15)  # of a layer's row: query, keys, values, weight, bias, norm; the first three's strides
 
 
 @triton.jit
@@ -96,6 +110,7 @@ def project_keys(
     IntSin,
     Projected,
     Free,
+    Table,
     norm_eps,
     s_kb,
     s_kh,
@@ -105,6 +120,7 @@ def project_keys(
     s_vn,
     s_tb,
     tokens,
+    batch_size,
     first_batch,
     first_head,
     heads,
@@ -117,6 +133,8 @@ def project_keys(
     BN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``Free = [pairs, tokens, 2 HP]`` and ``Projected = [pairs, tokens, 2 WH]``: un-rotated keys, and projected ones.
@@ -140,6 +158,20 @@ def project_keys(
     last = tl.minimum(first + share, heads)
     batch = pid // (tiles * head_parts)
     b = (first_batch + batch).to(tl.int64)
+    if LAYERS:
+        line = table_row(Table, b // batch_size, COLUMNS)
+        b = b % batch_size
+        K = table_pointer(line, 1, K, ALIGNED)
+        V = table_pointer(line, 2, V, ALIGNED)
+        Weight = table_pointer(line, 3, Weight, ALIGNED)
+        Bias = table_pointer(line, 4, Bias, ALIGNED)
+        Norm = table_pointer(line, 5, Norm, ALIGNED)
+        s_kb = table_stride(line, 9, ALIGNED)
+        s_kh = table_stride(line, 10, ALIGNED)
+        s_kn = table_stride(line, 11, ALIGNED)
+        s_vb = table_stride(line, 12, ALIGNED)
+        s_vh = table_stride(line, 13, ALIGNED)
+        s_vn = table_stride(line, 14, ALIGNED)
     token = tile * BM + tl.arange(0, BM)
     ok = token < tokens
     rows = (batch * heads).to(tl.int64) * tokens + token
@@ -219,6 +251,7 @@ def attend(
     V,
     Out,
     Lse,
+    Table,
     q_scale,
     s_qb,
     s_qh,
@@ -228,6 +261,7 @@ def attend(
     s_vn,
     tokens,
     slots,
+    batch_size,
     kv_heads,
     first_pair,
     pairs,
@@ -238,6 +272,8 @@ def attend(
     WH: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``Out[split, pair of the range, slot, 2 d]`` and ``Lse`` (natural log): one tile of slots, one split of the tokens.
@@ -252,6 +288,17 @@ def attend(
     pair = first_pair + local
     b = pair // kv_heads
     h = pair % kv_heads
+    if LAYERS:
+        line = table_row(Table, b // batch_size, COLUMNS)
+        b = b % batch_size
+        Q = table_pointer(line, 0, Q, ALIGNED)
+        V = table_pointer(line, 2, V, ALIGNED)
+        s_qb = table_stride(line, 6, ALIGNED)
+        s_qh = table_stride(line, 7, ALIGNED)
+        s_qn = table_stride(line, 8, ALIGNED)
+        s_vb = table_stride(line, 12, ALIGNED)
+        s_vh = table_stride(line, 13, ALIGNED)
+        s_vn = table_stride(line, 14, ALIGNED)
 
     row = tile * BM + tl.arange(0, BM)
     row_ok = row < slots
