@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small odd shapes through a backend of ``compact_attention``, to run under compute-sanitizer:
+"""Small odd shapes through a backend of ``compact_attention``, and with ``--backend triton`` through the launches that find
+many layers by address, to run under compute-sanitizer:
 
     compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py [--backend cuda]
 
@@ -61,8 +62,50 @@ def main(argv: list[str] | None = None) -> int:
 
     for dim in args.dims:
         ran += sum(call(dim, number) for number in range(len(CASES)))
+    if args.backend == "triton":
+        ran += many_layers(args.device)
     print(f"{ran} calls of {args.backend} gave the right result")
     return 0
+
+
+def many_layers(device: str) -> int:
+    """Packing and STILL's cross-attention of layers of other lengths and layouts; how many calls there were."""
+    import torch
+    from triton_still_cases import check_forward, make_inputs
+
+    from kvcompact_kernels.backends.registry import BackendUnavailableError
+    from kvcompact_kernels.backends.triton import still_compaction as still
+    from kvcompact_kernels.ops import pack_slots
+    from kvcompact_kernels.testing.draws import draws
+
+    def pack() -> None:
+        keys, values, kept = [], [], []
+        for tokens, slots in ((63, 33), (1, 1), (100, 5)):
+            for cache in (keys, values):
+                cache.append(torch.randn(2, tokens, 3, 80).transpose(1, 2))
+            kept.append(torch.rand(2, 3, tokens).topk(slots).indices)
+        there = (_move(x, device) for x in (keys, values, kept))
+        for x, y in zip(pack_slots(*there, backend="triton"), pack_slots(keys, values, kept, backend="torch")):
+            if not all(torch.equal(a.cpu(), b) for a, b in zip(x, y)):
+                raise AssertionError("packed slots differ")
+
+    @draws(3)
+    def attend(sizes: dict) -> None:
+        layers = [make_inputs("cpu", torch.float16, poison=False, **sizes) for _ in range(3)]
+        layers = [(*layer[:6], *layers[0][6:]) for layer in layers]
+        pooled, lse = still.run_layers([tuple(_move(x, device) for x in layer) for layer in layers])
+        for i, layer in enumerate(layers):
+            check_forward((pooled[i].cpu(), lse[i].cpu()), layer)
+
+    try:
+        pack()
+    except BackendUnavailableError as error:
+        print(f"skipped: {error}")
+        return 0
+    shapes = [{"tokens": 67, "slots": 33, "kv_heads": 2, "head_dim": 96}, {"tokens": 1030, "slots": 5, "batch": 1}]
+    for sizes in shapes:
+        attend(sizes)
+    return 1 + len(shapes)
 
 
 def _move(x, device: str):

@@ -95,7 +95,7 @@ def report(rows: list[dict[str, str]], outcomes: list[tuple[str, str, float, str
 
 
 def _is_shown(peer: str) -> bool:
-    return peer in SHOWN or peer.endswith((" unshared", " without beta"))
+    return peer in SHOWN or peer.endswith((" unshared", " without beta", " layer by layer"))
 
 
 def _short_peer(peer: str) -> str:

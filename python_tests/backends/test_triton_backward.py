@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES, INTERPRETED, check_backward, make_inputs
+from triton_cases import DEVICES, INTERPRETED, check_backward, far_apart, make_inputs
 
 pytest.importorskip("triton")
 from kvcompact_kernels.backends.triton import compact_attention as backend
@@ -63,6 +63,18 @@ def test_gradients_are_written_in_full(device, monkeypatch):
     args = make_inputs(device, blocks=((None, [17, 0, 1, 40]), (1, 9)), tail=11, mask=True, query_len=4)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     check_backward(backend.forward, lambda *a: backend.backward(*a, config=TILES), args)
+
+
+@pytest.mark.parametrize("tiles", [TILES, Config(BM=16, BN=64, warps=4, stages=2)])  # offsets of a tile, or inside it
+@pytest.mark.parametrize("far", ["tokens", "requests"])
+@draws(3)
+def test_offsets_beyond_31_bits(device, far, tiles):
+    batch, rows = (1, 34) if far == "tokens" else (2, 20)
+    sizes = {"batch": batch, "kv_heads": 2, "blocks": ((None, rows),), "tail": rows, "query_len": 3, "poison": False}
+    args = list(make_inputs(device, torch.float16, **sizes))
+    keys, values, *tail = far_apart(far, args[1][0], args[2][0], *args[5:7])
+    args[1:3], args[5:7] = ([keys], [values]), tail
+    check_backward(backend.forward, lambda *a: backend.backward(*a, config=tiles), args)
 
 
 def test_a_query_without_rows(device):

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES, INTERPRETED
+from triton_cases import DEVICES, INTERPRETED, far_apart
 
 from kvcompact_kernels.reference.key_scores import key_scores as reference
 from kvcompact_kernels.testing.budget import assert_within_budget
@@ -65,6 +65,18 @@ def test_given_lse(device, reduce):
 def test_dtypes_and_planned_configurations(device, dtype):
     query, keys, scale, causal = inputs(device, (1, 1, 3, 20, 70, 64, True), dtype)
     check(backend.forward(query, keys, None, scale, causal, "sum"), query, keys, None, scale, causal, "sum")
+
+
+@pytest.mark.parametrize("tiles", [TILES, Config(BM=16, BN=64, warps=4, stages=2)])  # offsets of a tile, or inside it
+@pytest.mark.parametrize("far", ["tokens", "requests"])
+def test_offsets_beyond_31_bits(device, far, tiles):
+    batch, rows = (1, 34) if far == "tokens" else (2, 20)
+    query, keys, scale, causal = inputs(device, (batch, 2, 2, 9, rows, 64, True))
+    wide = far_apart(far, keys)[0]
+    if far == "requests":
+        query = far_apart(far, query)[0]
+    actual = backend.forward(query, wide, None, scale, causal, "sum", config=tiles, splits=2)
+    check(actual, query, keys, None, scale, causal, "sum")
 
 
 def test_outputs_are_written_in_full(device, monkeypatch):

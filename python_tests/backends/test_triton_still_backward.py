@@ -3,12 +3,13 @@
 
 import pytest
 import torch
-from triton_cases import DEVICES
+from triton_cases import DEVICES, far_apart
 from triton_still_cases import ATTEND, PROJECT, check_gradients, make_inputs
 
 pytest.importorskip("triton")
 from kvcompact_kernels.backends.triton import still_compaction as backend
 from kvcompact_kernels.backends.triton.runtime import Config
+from kvcompact_kernels.testing.draws import draws
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 SMALL = Config(BM=32, BN=32, warps=4, stages=1)
@@ -78,6 +79,16 @@ def test_gradients_are_written_in_full_and_repeat(device, monkeypatch):
     poisoned = backend.backward(*grads, pooled, lse, *args, config=SMALL, splits=3)
     for x, y in zip(clean, poisoned):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("far", ["tokens", "requests"])
+@draws(3)
+def test_offsets_beyond_31_bits(device, far):
+    batch, tokens = (1, 34) if far == "tokens" else (2, 20)
+    args = list(make_inputs(device, batch=batch, tokens=tokens, head_dim=64, poison=False))
+    args[1:3] = far_apart(far, *args[1:3])
+    gradients, grads = run(args, splits=2)
+    check_gradients(gradients, args, *grads)
 
 
 def test_strided_gradient(device):

@@ -39,6 +39,25 @@ class Counted:
         return self.kernel[grid]
 
 
+def far_apart(far, *tensors):
+    """The tensors ``[B, H, n, d]`` with strides so large that 32-bit offsets would wrap, in virtual memory that is mostly
+    untouched: "tokens" are far apart (of one request, more than 32), or "requests" (two or more)."""
+    batch, heads, rows, dim = tensors[0].shape
+    tokens = far == "tokens"
+    strides = (0, dim, 1 << 26, 1) if tokens else (1 << 31, dim * rows, dim, 1)
+    step = dim * heads * (1 if tokens else rows)
+    size = step * len(tensors) + sum((n - 1) * s for n, s in zip(tensors[0].shape, strides))
+    assert size > 1 << 31 and (batch == 1 or not tokens)
+    try:
+        buffer = torch.empty(size, dtype=tensors[0].dtype, device=tensors[0].device)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for {size} elements: {error}")
+    views = [buffer.as_strided(x.shape, strides, step * i) for i, x in enumerate(tensors)]
+    for view, x in zip(views, tensors):
+        view.copy_(x)
+    return views
+
+
 # Keywords of make_inputs: short queries in every kind of call.
 DECODE = {
     "plain": {},
