@@ -2,9 +2,11 @@
 """What the subcommands share: errors, messages, loading a model, parsing a method's options."""
 
 import argparse
+import hashlib
 import json
 import logging
 import os
+import runpy
 import sys
 import warnings
 from contextlib import contextmanager
@@ -128,7 +130,7 @@ def load_model(
         with explained(ModelFetchError, OSError):
             fetched = fetch_demo_model(say if not quiet else lambda line: None)
         name, source = str(fetched.path), fetched.source
-    elif os.path.sep in name and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    elif os.path.sep in name and (name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") != 1):
         name = str(Path(name).expanduser())
         if not os.path.isdir(name):
             raise CliError(f"there is no model folder {name}")
@@ -205,13 +207,46 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
 
     Raises:
         UsageError: an unknown method or option, or a value that the method refuses.
+        CliError: a file that an option names cannot be read.
     """
     from ..methods import get_method
 
     try:
-        return get_method(name, **options)
+        with explained(OSError):
+            return get_method(name, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """--plugin."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"a Python file that registers {what} (repeatable)",
+    )
+
+
+def run_plugins(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Runs the user's files; returns their names and digests.
+
+    Raises:
+        CliError: a file is missing, or fails.
+    """
+    return [_run_plugin(given) for given in args.plugin]
+
+
+def _run_plugin(given: str) -> dict[str, str]:
+    path = Path(given)
+    if not path.is_file():
+        raise CliError(f"--plugin {given}: there is no such file")
+    try:
+        runpy.run_path(str(path), run_name=f"kvcompact_plugin_{path.stem}")
+    except Exception as error:  # it is the user's own program
+        raise CliError(f"--plugin {given}: {type(error).__name__}: {error}") from error
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def plain_table(header: list[str], rows: list[list[str]], right: set[int] = frozenset()) -> str:

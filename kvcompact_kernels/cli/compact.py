@@ -15,6 +15,7 @@ from .common import (
     CliError,
     UsageError,
     add_model_arguments,
+    add_plugin_argument,
     bytes_text,
     explained,
     load_model,
@@ -22,6 +23,7 @@ from .common import (
     parse_options,
     read_text,
     reporter,
+    run_plugins,
 )
 
 NAME = "compact"
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--ratio", type=float, help="tokens per slot (default 8)")
     size.add_argument("--slots", type=int, help="slots per KV head and layer, instead of a ratio")
     parser.add_argument("--out", required=True, metavar="FILE", help="the cache file (replaced when it exists)")
+    add_plugin_argument(parser, "methods")
 
 
 def check_size(ratio: float | None, slots: int | None) -> None:
@@ -58,6 +61,7 @@ def check_size(ratio: float | None, slots: int | None) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     tell = reporter(args)
     check_size(args.ratio, args.slots)
+    run_plugins(args)
     method = make_method(args.method, parse_options(args.option))
     text = read_text(args.document)
     out = Path(args.out)

@@ -3,11 +3,21 @@
 
 import argparse
 import hashlib
-import runpy
 from pathlib import Path
 from typing import Any
 
-from .common import DEMO_MODEL, CliError, UsageError, add_model_arguments, explained, load_model, read_text, reporter
+from .common import (
+    DEMO_MODEL,
+    CliError,
+    UsageError,
+    add_model_arguments,
+    add_plugin_argument,
+    explained,
+    load_model,
+    read_text,
+    reporter,
+    run_plugins,
+)
 
 NAME = "eval"
 HELP = "compare methods on many tasks at equal bytes: tables, pictures, an HTML page"
@@ -49,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a text file or a folder of .txt and .md (repeatable)",
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="a Python file that registers methods or tasks"
-    )
+    add_plugin_argument(parser, "methods or tasks")
     parser.add_argument("--no-plots", action="store_true", help="tables only (pictures need matplotlib)")
     parser.add_argument(
         "--report", action="store_true", help="only make tables and pictures of the rows in --out again"
@@ -60,12 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    plugins = [_run_plugin(path) for path in args.plugin]
+    plugins = run_plugins(args)
     if args.list:
         return _list_tasks(args)
     if args.out is None:
         raise UsageError("--out FOLDER is needed")
     folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder} is a file; a folder is needed")
     tell = reporter(args)
     if not args.no_plots:
         from ..evaluation.plots import PlotError, check_plots
@@ -94,8 +104,9 @@ def _evaluate(args: argparse.Namespace, folder: Path, plugins: list[dict[str, st
             query_aware=args.query_aware,
         )
         # before the model is loaded, which takes time
-        config.make_methods()
-        config.make_tasks()
+        with explained(OSError):
+            config.make_methods()
+            config.make_tasks()
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     texts = [(path, read_text(str(path))) for given in args.texts for path in text_files(given)]
@@ -156,17 +167,6 @@ def text_files(given: str) -> list[Path]:
     if not path.is_file():
         raise CliError(f"--texts {given}: there is no such file or folder")
     return [path]
-
-
-def _run_plugin(given: str) -> dict[str, str]:
-    path = Path(given)
-    if not path.is_file():
-        raise CliError(f"--plugin {given}: there is no such file")
-    try:
-        runpy.run_path(str(path), run_name=f"kvcompact_plugin_{path.stem}")
-    except Exception as error:  # it is the user's own program
-        raise CliError(f"--plugin {given}: {type(error).__name__}: {error}") from error
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _list_tasks(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import argparse
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .common import UsageError
+from .common import UsageError, add_plugin_argument, run_plugins
 
 NAME = "methods"
 HELP = "list the compaction methods, their options and sources"
@@ -14,6 +14,7 @@ DESCRIPTION = "Lists every registered compaction method."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("method", nargs="?", help="only this one")
+    add_plugin_argument(parser, "methods")
 
 
 def describe(cls: type) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def _plain(value: Any) -> Any:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..methods import list_methods
 
+    run_plugins(args)
     known = list_methods()
     if args.method is not None and args.method not in known:
         raise UsageError(f"there is no method {args.method!r}; there are: {', '.join(known)}")

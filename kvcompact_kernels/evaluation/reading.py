@@ -20,7 +20,7 @@ from ..methods.base import checked_block, finished_blocks, layer_budgets
 from ..model_spec import ModelSpec
 from .memory import peak_bytes
 
-_FAILURES = (ValueError, TypeError, RuntimeError, NotImplementedError)
+_FAILURES = Exception  # of any kind: methods may be the user's own programs, and must not end the others' run
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Fan(Method):
         for i, (method, _) in enumerate(self._wanted):
             try:
                 method.prepare(spec)
-            except (*_FAILURES, OSError) as error:
+            except _FAILURES as error:
                 self._fail(i, error)
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:

@@ -148,10 +148,7 @@ class Evaluation:
             )
         for label, task in self.tasks.items():
             for length in self.config.lengths:
-                try:
-                    case = task.make(self.room(length, 0))
-                except (ValueError, OSError) as error:
-                    raise ValueError(f"task {label}: {error}") from error
+                case = self._case(label, task, length, 0)
                 needed = 0
                 for probe in case.probes:
                     context, head, rest = self._ids(case, probe)
@@ -162,6 +159,21 @@ class Evaluation:
                         f"task {label} at length {length} needs {needed} positions with question and answer, "
                         f"the model has {limit}: take a smaller length"
                     )
+
+    def _case(self, label: str, task: Task, length: int, index: int) -> Case:
+        """Raises ValueError for whatever goes wrong: a task may be the user's own program."""
+        try:
+            case = task.make(self.room(length, index))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"task {label}: {error}") from error
+        except Exception as error:
+            raise ValueError(f"task {label}: {type(error).__name__}: {error}") from error
+        if not isinstance(case, Case):
+            raise TypeError(f"task {label}: make must return a Case, got {type(case).__name__}")
+        for probe in case.probes:
+            if not isinstance(probe, (Question, Continuation)):
+                raise TypeError(f"task {label}: probes must be Questions or Continuations, got {type(probe).__name__}")
+        return case
 
     def warnings(self) -> list[str]:
         """What a reader of the results ought to know before they are there."""
@@ -195,7 +207,7 @@ class Evaluation:
         try:
             for label, task, length, index in plan:
                 bar.set_description(f"{label} {length}")
-                case = task.make(self.room(length, index))
+                case = self._case(label, task, length, index)
                 open_probes = [
                     i
                     for i in range(len(case.probes))

@@ -4,9 +4,19 @@
 import importlib
 import pkgutil
 
+from ._scored import ScoredMethod
+from ._selection import SelectionMethod
 from .base import LayerInput, Method, get_method, list_methods, register_method
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f".{_module.name}", __name__)
 
-__all__ = ["LayerInput", "Method", "get_method", "list_methods", "register_method"]
+__all__ = [
+    "LayerInput",
+    "Method",
+    "ScoredMethod",
+    "SelectionMethod",
+    "get_method",
+    "list_methods",
+    "register_method",
+]

@@ -131,6 +131,9 @@ def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
         (["compact", "{doc}", "--method", "snapkv", "-O", "windows=3", "--out", "{out}"], 2, "'windows'"),
         (["compact", "{doc}", "--method", "snapkv", "-O", "window=0", "--out", "{out}"], 2, "window"),
         (["compact", "{doc}", "--method", "snapkv", "-O", "window", "--out", "{out}"], 2, "NAME=VALUE"),
+        (["compact", "{doc}", "--method", "still", "-O", "weights={missing}", "--out", "{out}"], 1, "no file"),
+        (["compact", "{doc}", "--method", "snapkv", "--plugin", "{missing}", "--out", "{out}"], 1, "no such file"),
+        (["compact", "{doc}", "--method", "minicache", "--out", "{out}"], 1, "fewer than two to pair"),
         (["compact", "{doc}", "--method", "snapkv", "--ratio", "0.5", "--out", "{out}"], 2, "--ratio"),
         (["compact", "{doc}", "--method", "snapkv", "--ratio", "nan", "--out", "{out}"], 2, "--ratio"),
         (["compact", "{doc}", "--method", "snapkv", "--slots", "0", "--out", "{out}"], 2, "--slots"),
@@ -138,6 +141,7 @@ def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
         (["compact", "{doc}", "--method", "snapkv", "--out", "{missing}/x"], 1, "does not exist"),
         (["compact", "{doc}", "--method", "snapkv", "--out", "{folder}"], 1, "is a folder"),
         (["compact", "{doc}", "--method", "snapkv", "--out", "{out}", "--model", "{missing}"], 1, "no model folder"),
+        (["compact", "{doc}", "--method", "snapkv", "--out", "{out}", "--model", "nowhere/"], 1, "no model folder"),
         (["compact", "{doc}", "--method", "snapkv", "--out", "{out}", "--model", "{tmp}"], 1, "config.json"),
         (["compact", "{doc}", "--method", "snapkv", "--out", "{out}", "--device", "tpu9"], 2, "--device"),
         (

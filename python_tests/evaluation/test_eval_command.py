@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tiny_folder import save_tiny_folder
 
 from kvcompact_kernels.cli import main
+from kvcompact_kernels.evaluation.tasks import base as tasks_registry
+from kvcompact_kernels.methods import base as methods_registry
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 
 PLUGIN = """
 from kvcompact_kernels.methods import register_method, get_method
@@ -26,6 +31,43 @@ class MyTask(Task):
     summary = "test"
     def make(self, room):
         return Case((Question("What?", ("x",), max_new_tokens=4),), "x" * (room.tokens - 3))
+"""
+
+BAD_PLUGIN = """
+from kvcompact_kernels.methods import Method, register_method
+from kvcompact_kernels.evaluation.tasks import Case, Task, register_task
+
+@register_method
+class NoneMade(Method):
+    name = "none_made"
+    summary = source = "test"
+    def compact_layer(self, layer, slots):
+        return None
+
+@register_method
+class Index(Method):
+    name = "index_error"
+    summary = source = "test"
+    def compact_layer(self, layer, slots):
+        raise IndexError("no such layer")
+
+@register_task
+class NoCase(Task):
+    name, summary = "no_case", "test"
+    def make(self, room):
+        return "nothing"
+
+@register_task
+class NoProbe(Task):
+    name, summary = "no_probe", "test"
+    def make(self, room):
+        return Case((3,), "x")
+
+@register_task
+class Divides(Task):
+    name, summary = "divides", "test"
+    def make(self, room):
+        return 1 / 0
 """
 
 
@@ -99,20 +141,82 @@ def test_missing_matplotlib_is_said_before_any_work(folder, tmp_path, capsys, mo
     assert not list((tmp_path / "x").glob("*.png"))
 
 
-def test_plugin_brings_a_method_and_a_task(folder, tmp_path):
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What a plugin registers is forgotten afterwards, and whenever the test calls this."""
+    methods, tasks = dict(methods_registry._METHODS), dict(tasks_registry._TASKS)
+
+    def forget():
+        monkeypatch.setattr(methods_registry, "_METHODS", dict(methods))
+        monkeypatch.setattr(tasks_registry, "_TASKS", dict(tasks))
+
+    forget()
+    return forget
+
+
+def test_plugin_brings_a_method_and_a_task(folder, tmp_path, own_registries):
     (tmp_path / "mine.py").write_text(PLUGIN)
     more = ("--plugin", str(tmp_path / "mine.py"), "--no-plots")
-    try:
-        code = run(folder, tmp_path / "x", *more, methods="mine_from_a_plugin:sinks=2", tasks="task_from_a_plugin")
-    finally:
-        from kvcompact_kernels.evaluation.tasks import base as tasks
-        from kvcompact_kernels.methods import base as methods
-
-        methods._METHODS.pop("mine_from_a_plugin", None)
-        tasks._TASKS.pop("task_from_a_plugin", None)
-    assert code == 0
+    assert run(folder, tmp_path / "x", *more, methods="mine_from_a_plugin:sinks=2", tasks="task_from_a_plugin") == 0
     rows = [json.loads(line) for line in (tmp_path / "x" / "samples.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"full", "no_context", "mine_from_a_plugin:sinks=2"}
+
+
+def test_the_plugin_in_the_docs(folder, tmp_path, own_registries):
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "class Mine" in block
+    ]
+    (tmp_path / "mine.py").write_text(code)
+    methods = "mine,mine:power=2,adakv:scorer=mine,compose:first=mine:second=zsmerge,minicache:scorer=mine:start=0"
+    more = ("--plugin", str(tmp_path / "mine.py"), "--no-plots")
+    assert run(folder, tmp_path / "x", *more, methods=methods, tasks="my_task,continuation_kl:tokens=9") == 0
+    rows = [json.loads(line) for line in (tmp_path / "x" / "samples.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"full", "no_context", *methods.split(",")}
+    assert {row["task"] for row in rows} == {"my_task", "continuation_kl:tokens=9"}
+    # the shortest context of my_task holds 23 tokens: a quarter of it is fewer than zsmerge's five slots take
+    assert all(row["error"] is None or "at least" in row["error"] for row in rows)
+    assert not [row for row in rows if row["error"] and row["method"].startswith(("mine", "adakv"))]
+
+
+def test_a_plugin_with_faults_harms_nobody_else(folder, tmp_path, capsys, own_registries):
+    (tmp_path / "bad.py").write_text(BAD_PLUGIN)
+    more = ("--plugin", str(tmp_path / "bad.py"), "--no-plots")
+    args = {"methods": "none_made,index_error,uniform", "tasks": "continuation_kl:tokens=9"}
+    run(folder, tmp_path / "x", *more, **args)
+    rows = [json.loads(line) for line in (tmp_path / "x" / "samples.jsonl").read_text().splitlines()]
+    errors = {row["method"]: row["error"] for row in rows}
+    assert errors["uniform"] is None and errors["full"] is None
+    assert "must return a CompactBlock, got NoneType" in errors["none_made"]
+    assert errors["index_error"] == "IndexError: no such layer"
+    for task, message in (
+        ("no_case", "task no_case: make must return a Case, got str"),
+        ("no_probe", "task no_probe: probes must be Questions or Continuations, got int"),
+        ("divides", "task divides: ZeroDivisionError"),
+    ):
+        own_registries()
+        capsys.readouterr()
+        assert run(folder, tmp_path / "y", *more, methods="uniform", tasks=task) == 1
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_plugins_that_cannot_be_loaded(folder, tmp_path, capsys, own_registries):
+    for name, code, message in (
+        ("raises.py", "raise RuntimeError('boom')", "raises.py: RuntimeError: boom"),
+        ("syntax.py", "def f(:", "syntax.py: SyntaxError"),
+        ("twice.py", PLUGIN.replace("mine_from_a_plugin", "snapkv"), "a method named 'snapkv' is registered already"),
+        ("nameless.py", PLUGIN.replace('name = "task_from_a_plugin"', "name = 3"), "MyTask.name must be a string"),
+        ("missing.py", None, "there is no such file"),
+    ):
+        if code is not None:
+            (tmp_path / name).write_text(code)
+        for command in (("eval", "--out", str(tmp_path / "x")), ("methods",)):
+            own_registries()
+            capsys.readouterr()
+            assert main([*command, "--plugin", str(tmp_path / name)]) == 1
+            error = capsys.readouterr().err
+            assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_texts(folder, tmp_path, capsys):
@@ -137,12 +241,23 @@ def test_texts(folder, tmp_path, capsys):
         (("--lengths", "many"), "lengths"),
         (("--ratios", "0.5"), "at least 1"),
         (("--samples", "0"), "samples"),
+        (("--methods", "snapkv:windw=3"), "'windw'"),
+        (("--methods", "snapkv:window"), "NAME=VALUE"),
+        (("--tasks", "questions:file=no_file.json"), "no file no_file.json"),
+        (("--out", __file__), "is a file; a folder is needed"),
     ],
 )
 def test_wrong_usage(more, message, folder, tmp_path, capsys):
     assert run(folder, tmp_path / "x", "--no-plots", *more) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("method", ["cartridge:file=no_file", "still:weights=no_file"])
+def test_files_of_methods_that_are_missing(method, folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "x", "--no-plots", "--methods", method) == 1
+    error = capsys.readouterr().err
+    assert "there is no file no_file" in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
 def test_lengths_beyond_the_model(folder, tmp_path, capsys):
@@ -167,7 +282,7 @@ def test_every_generated_task_and_every_untrained_method(folder, tmp_path):
     )
     methods = (
         "random,uniform,streaming_llm,h2o,snapkv,pyramidkv,scissorhands,finch,zsmerge,expected_attention,adakv,magicpig,"
-        "compose,kv_distill:weights=identity,adakv:scorer=h2o,attention_matching:max_queries=64"
+        "compose,kv_distill:weights=identity,adakv:scorer=h2o,minicache:start=0,attention_matching:max_queries=64"
     )
     # a character is a token here
     size = ("--lengths", "900", "--ratios", "4", "--samples", "1")

@@ -124,6 +124,9 @@ _TASKS: dict[str, type[Task]] = {}
 
 def register_task(cls: type[Task]) -> type[Task]:
     """Class decorator: makes a task known under ``cls.name``. A name can be registered once."""
+    for attribute in ("name", "summary"):
+        if not isinstance(getattr(cls, attribute, None), str):
+            raise TypeError(f"{cls.__name__}.{attribute} must be a string")
     if cls.name in _TASKS and _TASKS[cls.name] is not cls:
         raise ValueError(f"a task named {cls.name!r} is registered already: {_TASKS[cls.name].__qualname__}")
     _TASKS[cls.name] = cls
