@@ -26,6 +26,9 @@ class Finch(ScoredMethod):
     paper continues to count behind them; here the cache keeps its logical length T, so the slots get the positions
     ``T - slots ... T - 1``, which is the same to every later token, for only distances matter to RoPE.
 
+    Two things differ from the authors' code: there all heads of a layer add their attention up and keep the same tokens, here
+    each KV head has its own; and there the prompt is not kept but read once more behind the compacted text.
+
     Attributes:
         window: tokens of the prompt, which are kept as far as half of the slots take them.
         rerotate: False leaves keys at their own positions.
