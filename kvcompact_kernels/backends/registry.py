@@ -101,8 +101,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend a call of ``op`` would take with ``backend="auto"``, and why not the others.
 
     Args:
-        op: name of an op: ``"compact_attention"``, ``"key_scores"``, ``"still_cross_attention"``.
-        *args, **kwargs: the arguments of the public op, without ``backend``; they are checked, nothing is computed.
+        op: name of an op: ``"compact_attention"``, ``"key_scores"``, ``"still_cross_attention"``, ``"pack_slots"``.
+        *args, **kwargs: the arguments of the public op, without ``backend``, of one layer; they are checked, nothing is
+            computed.
 
     Returns:
         Explanation: ``chosen`` and ``reasons``; ``print`` it for a short report.
