@@ -174,12 +174,13 @@ def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     values = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cpu":
         return values
-    with _ARENA_LOCK:
+    with torch.cuda.device(device), _ARENA_LOCK:
+        captured = torch.cuda.is_current_stream_capturing()
         if not _ARENA:
-            if torch.cuda.is_current_stream_capturing():
+            if captured:
                 raise RuntimeError("a launch for many layers must run once before it is captured in a CUDA graph")
             _ARENA.extend((torch.empty(ARENA_BYTES // 8, dtype=torch.int64, pin_memory=True), 0))
-        if not torch.cuda.is_current_stream_capturing():
+        if not captured:
             return values.pin_memory().to(device, non_blocking=True)
         start, end = _ARENA[1], _ARENA[1] + values.numel()
         if end > _ARENA[0].numel():
@@ -187,4 +188,4 @@ def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
                 f"graphs hold tables of layers in {ARENA_BYTES >> 20} MiB of pinned memory, which is full"
             )
         _ARENA[1] = end
-    return _ARENA[0][start:end].view(values.shape).copy_(values).to(device, non_blocking=True)
+        return _ARENA[0][start:end].view(values.shape).copy_(values).to(device, non_blocking=True)
