@@ -2,14 +2,18 @@
 """The token selector as a network and a file, and method "still" with one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvcompact_kernels.methods import LayerInput, get_method
 from kvcompact_kernels.methods import still as still_module
+from kvcompact_kernels.methods.attention_matching import fit_slots
 from kvcompact_kernels.methods.still import packaged_selector
 from kvcompact_kernels.model_spec import ModelSpec
+from kvcompact_kernels.reference import matching
+from kvcompact_kernels.reference.selection import top_tokens
 from kvcompact_kernels.rope import Rope
 from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector, token_features
 
@@ -189,19 +193,41 @@ def test_chunks_are_selected_by_themselves(weights):
     layer = make_layer(60, batch=1)
     whole = get_method("still", weights=weights, chunk=20).compact_layer(layer, 21)
     assert whole.num_slots == 21
-    method = get_method("still", weights=weights)
+    selector = TokenSelector.load(weights)
     for start in (0, 20, 40):
-        part = LayerInput(
-            1, LAYERS, *(x[:, :, start : start + 20] for x in (layer.keys, layer.values, layer.queries)),
-            layer.positions[start : start + 20], layer.rope, layer.scale,
-        )  # fmt: skip
-        block = method.compact_layer(part, 7)
+        # the context's first four tokens, its attention sinks, stand before a later chunk; their slots belong to the first one
+        before = 4 if start else 0
+        index = torch.cat([torch.arange(before), torch.arange(start, start + 20)])
+        keys, values, positions = layer.keys[:, :, index], layer.values[:, :, index], layer.positions[index]
+        there = layer.positions[start : start + 20]
+        queries = layer.rope.unrotate(layer.queries[:, :, start : start + 20], there)
+        queries = layer.rope.rotate(queries, torch.full((20,), 60))  # from behind the whole context
+        queries = matching.reference_queries(queries, HEADS)
+        outputs, lse, attention = matching.full_attention(queries, keys, values, layer.scale)
+        scores = selector.scores(1, layer.rope.unrotate(keys, positions), values, attention)
+        indices = top_tokens(scores, 7 + before, first=4)
+        part = replace(layer, keys=keys, values=values)
+        block = fit_slots(part, queries, outputs, lse, indices, 1e-2, 2e-2, 7.0)
         at = 7 * start // 20
-        torch.testing.assert_close(whole.keys[:, :, at : at + 7], block.keys)
-        torch.testing.assert_close(whole.values[:, :, at : at + 7], block.values)
-        torch.testing.assert_close(whole.beta[:, :, at : at + 7], block.beta)
+        for name in ("keys", "values", "beta"):
+            torch.testing.assert_close(getattr(whole, name)[:, :, at : at + 7], getattr(block, name)[:, :, before:])
     with pytest.raises(ValueError, match="needs 5"):
         get_method("still", weights=weights, chunk=10).compact_layer(layer, 12)
+
+
+def test_long_contexts_are_chunked_unless_chunks_get_few_slots(weights):
+    method = get_method("still", weights=weights)
+    assert method._chunks(700, 350) == [700]
+    assert method._chunks(2048, 256) == [512, 1024, 1536, 2048]
+    assert method._chunks(2048, 64) == [1024, 2048]
+    assert method._chunks(2048, 16) == [2048]
+    assert get_method("still", weights=weights, chunk=1 << 20)._chunks(2048, 256) == [2048]
+    layer = make_layer(1100, batch=1)
+    default = method.compact_layer(layer, 64)
+    chunked = get_method("still", weights=weights, chunk=550).compact_layer(layer, 64)
+    assert torch.equal(default.keys, chunked.keys) and torch.equal(default.beta, chunked.beta)
+    once = get_method("still", weights=weights, chunk=1100).compact_layer(layer, 64)
+    assert not torch.equal(default.keys, once.keys)
 
 
 def test_all_tokens_stay_when_all_fit(weights):

@@ -92,16 +92,16 @@ class AttentionMatching(Method):
         return matching.reference_queries(layer.queries, layer.keys.shape[1], self.max_queries)
 
 
-def queries_from_behind(layer: LayerInput, limit: int | None) -> Tensor:
-    """The context's own queries, moved to the position right behind it, from where they see every key.
+def queries_from_behind(layer: LayerInput, limit: int | None, behind: int | None = None) -> Tensor:
+    """The context's own queries, moved to the position right behind it, or to ``behind``, from where they see every key.
 
     Returns:
         ``[B, Hkv, R, d]``, at most ``limit`` per KV head.
     """
     queries = layer.queries[:, :, -layer.num_tokens :]
     there = layer.positions[-queries.shape[2] :]
-    behind = (there[-1:] + 1).expand_as(there)
-    queries = layer.rope.rotate(layer.rope.unrotate(queries, there), behind)
+    moved = (there[-1:] + 1).expand_as(there) if behind is None else torch.full_like(there, behind)
+    queries = layer.rope.rotate(layer.rope.unrotate(queries, there), moved)
     return matching.reference_queries(queries, layer.keys.shape[1], limit)
 
 

@@ -27,6 +27,10 @@ from .base import LayerInput, Method, register_method
 IDENTITY = "identity"
 WEIGHTS = Path(__file__).parent.parent / "weights"
 _BETA_LIMIT = 7.0
+_CHUNK, _CHUNK_SLOTS = (
+    512,
+    32,
+)  # what a selector compacts at once where nothing is said, and the slots it needs at least
 
 
 class StillCompactor(LayerNetworks):
@@ -70,7 +74,8 @@ class Still(Method):
             Perceiver at its identity-style initialisation, in which each slot averages the tokens nearest to it, a starting
             point for training and a check of the machinery.
         chunk: compact chunks of about so many tokens by themselves, each to its share of the slots (the iterative mode);
-            None takes the context at once.
+            a number beyond the context's tokens takes it at once. None does so with a Perceiver; with a selector it takes
+            chunks of 512, or so many more that each has 32 slots: as good as all at once, and the cost grows with T alone.
         config: fields of ``StillConfig`` for the identity initialisation, except slots, head_dim and num_kv_heads. Unlike
             there, ``sink`` is 1 unless given: the first token of each chunk stays exact, for losing it is ruinous.
         check_weights: False accepts weights trained for a fine-tuned sibling of the model. Those of the package are for all
@@ -156,15 +161,21 @@ class Still(Method):
         elif self._trained is not None:
             self._trained.check_model(spec, f"weights {self.weights}", self.check_weights)
 
-    def _chunks(self, num_tokens: int) -> list[int]:
+    def _chunks(self, num_tokens: int, slots: int) -> list[int]:
         """Ends of near-equal chunks."""
-        count = 1 if self.chunk is None else max(1, round(num_tokens / self.chunk))
+        if self.chunk is not None:
+            count = round(num_tokens / self.chunk)
+        elif isinstance(self._trained, TokenSelector):
+            count = min(round(num_tokens / _CHUNK), slots // _CHUNK_SLOTS)
+        else:
+            count = 1
+        count = max(1, count)
         return [num_tokens * (i + 1) // count for i in range(count)]
 
     def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
         """The same for every layer; a trained Perceiver makes a fixed number of slots, and raises ValueError for another."""
         if isinstance(self._trained, StillCompactor):
-            made = self._trained.config.slots * len(self._chunks(num_tokens))
+            made = self._trained.config.slots * len(self._chunks(num_tokens, slots))
             if slots != made:
                 raise ValueError(
                     f"slots must be {made}, for weights {self.weights} make {self._trained.config.slots} slots"
@@ -177,31 +188,41 @@ class Still(Method):
         check_layer(self, layer, slots)
         self.budgets(slots, layer.num_tokens, 1)
         blocks, start, used = [], 0, 0
-        for end in self._chunks(layer.num_tokens):
+        for end in self._chunks(layer.num_tokens, slots):
             share = slots * end // layer.num_tokens - used
             if isinstance(self._trained, TokenSelector):
-                blocks.append(self._select(_part(layer, start, end), share))
+                blocks.append(self._select(layer, start, end, share))
             else:
                 blocks.append(self._compact_chunk(layer, start, end, share))
             start, used = end, used + share
         return CompactBlock.cat(blocks)
 
-    def _select(self, layer: LayerInput, slots: int) -> CompactBlock:
-        if slots == layer.num_tokens:
-            return whole_layer(layer)
+    def _select(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
+        """The block of the tokens ``start`` to ``end``, as seen from behind the whole context, for that is where queries will
+        come from. The context's sinks stand before a later chunk meanwhile: without them its queries would spread over the
+        chunk what they really give to the sinks."""
         sinks = leading_sinks(layer, self.sinks)
-        if slots <= sinks:
+        before = min(sinks, start)
+        if start + slots <= sinks:
             raise ValueError(
-                f"slots: a chunk of {layer.num_tokens} tokens gets {slots}, but needs {sinks + 1}; "
+                f"slots: a chunk of {end - start} tokens gets {slots}, but needs {sinks + 1}; "
                 "ask for more slots or larger chunks"
             )
-        selector = self._trained.to(layer.keys.device)
-        queries = queries_from_behind(layer, MAX_QUERIES)
-        outputs, lse, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
-        keys = layer.rope.unrotate(layer.keys, layer.positions)
-        scores = selector.scores(layer.layer_idx, keys, layer.values, attention, self.recall_weight)
-        indices = top_tokens(scores, slots, first=sinks)
-        return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, _BETA_LIMIT)
+        part = _part(layer, before, start, end)
+        if slots == end - start:
+            block = whole_layer(part)
+        else:
+            selector = self._trained.to(layer.keys.device)
+            queries = queries_from_behind(part, MAX_QUERIES, int(layer.positions[-1]) + 1)
+            outputs, lse, attention = matching.full_attention(queries, part.keys, part.values, part.scale)
+            keys = part.rope.unrotate(part.keys, part.positions)
+            scores = selector.scores(part.layer_idx, keys, part.values, attention, self.recall_weight)
+            indices = top_tokens(scores, before + slots, first=sinks)
+            block = fit_slots(part, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, _BETA_LIMIT)
+        if not before:
+            return block
+        beta = None if block.beta is None else block.beta[:, :, before:]
+        return CompactBlock(block.keys[:, :, before:], block.values[:, :, before:], beta)
 
     def _compact_chunk(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
         keys, values = layer.keys[:, :, start:end], layer.values[:, :, start:end]
@@ -221,13 +242,19 @@ class Still(Method):
         return CompactBlock(*still_compaction(keys, values, params, config, layer.rope, layer.positions[start:end]))
 
 
-def _part(layer: LayerInput, start: int, end: int) -> LayerInput:
-    """The tokens ``start`` to ``end`` of a layer, as if they were all."""
+def _part(layer: LayerInput, before: int, start: int, end: int) -> LayerInput:
+    """The first ``before`` tokens of a layer and those from ``start`` to ``end``, as if they were all; queries of the latter."""
     if end - start == layer.num_tokens:
         return layer
-    cut = {name: getattr(layer, name)[:, :, start:end] for name in ("keys", "values")}
+
+    def cut(x: Tensor, dim: int) -> Tensor:
+        part = x.narrow(dim, start, end - start)
+        return torch.cat([x.narrow(dim, 0, before), part], dim) if before else part
+
     queries = layer.queries[:, :, layer.queries.shape[2] - layer.num_tokens :][:, :, start:end]
-    return replace(layer, **cut, queries=queries, positions=layer.positions[start:end])
+    return replace(
+        layer, keys=cut(layer.keys, 2), values=cut(layer.values, 2), queries=queries, positions=cut(layer.positions, 0)
+    )
 
 
 def load_weights(path: str | os.PathLike) -> StillCompactor | TokenSelector:
