@@ -153,7 +153,9 @@ def read_out(
     values = linear(latents, params["value_head"])
     beta = None
     if config.use_beta:
-        beta = linear(latents, params["beta_head"][..., None, :])[..., 0].to(accumulation_dtype(dtype))
+        weight = params["beta_head"]  # [D], or [L, D] of several layers
+        beta = latents @ weight if weight.ndim == 1 else linear(latents, weight[:, None])[..., 0]
+        beta = beta.to(accumulation_dtype(dtype))
     return keys.to(dtype), values.to(dtype), beta
 
 
