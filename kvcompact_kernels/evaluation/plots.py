@@ -156,7 +156,9 @@ def _quality_axis(axes: Any, figure: str) -> None:
 
 def _legend(picture: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False, fontsize=9)
+    longest = 0.75 + 0.075 * max(map(len, labels))  # inches: a line with its marker, and 9 point letters
+    columns = max(1, min(5, len(labels), int(picture.get_figwidth() / longest)))
+    picture.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def quality_over_ratio(lines: list[dict[str, Any]], figures: list[str], look: dict[str, dict[str, Any]]) -> Any:

@@ -293,3 +293,20 @@ def test_every_generated_task_and_every_untrained_method(folder, tmp_path):
         assert not [row["error"] for row in rows if row["error"]]
         assert {row["task"] for row in rows} == set(chosen.split(",")) and len({row["method"] for row in rows}) == 18
         assert all(row["physical_bytes"] <= row["budget_bytes"] for row in rows if row["ratio"])
+
+
+def test_the_legend_of_many_methods_stays_within_the_picture():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from kvcompact_kernels.evaluation import plots
+
+    picture = plots._figure(6.5, 5.0)
+    FigureCanvasAgg(picture)
+    axes = picture.subplots()
+    for number in range(16):
+        axes.plot([1, 2], [number, number], label=f"expected_attention {number}")
+    plots._legend(picture, axes)
+    picture.draw_without_rendering()
+    box = picture.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= picture.bbox.width
