@@ -105,6 +105,12 @@ def queries_from_behind(layer: LayerInput, limit: int | None, behind: int | None
     return matching.reference_queries(queries, layer.keys.shape[1], limit)
 
 
+def own_attention(layer: LayerInput, limit: int | None = None) -> Tensor:
+    """``[B, Hkv, T]``: root mean square of the attention that :func:`queries_from_behind` give each token."""
+    queries = queries_from_behind(layer, limit)
+    return matching.full_attention(queries, layer.keys, layer.values, layer.scale)[2]
+
+
 def fit_slots(
     layer: LayerInput,
     queries: Tensor,

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .._checks import check_int
 from ..cache import CompactBlock
 from ..kv_distiller import KVDistiller
 from ..model_spec import ModelSpec
 from ..ops import pack_slots
-from ..reference import matching
 from ..reference.selection import top_tokens
 from ..token_selector import MAX_QUERIES, log_attention
 from ._selection import check_layer, leading_sinks, whole_layer
-from .attention_matching import queries_from_behind
+from .attention_matching import own_attention
 from .base import LayerInput, Method, register_method
 from .still import IDENTITY
 
@@ -103,7 +101,7 @@ class KVDistill(Method):
         check_layer(self, layer, slots)
         if slots == layer.num_tokens:
             return whole_layer(layer)
-        attention = own_attention(layer)
+        attention = own_attention(layer, MAX_QUERIES)
         if self._trained is None:
             indices = top_tokens(log_attention(attention), slots, first=leading_sinks(layer, self._sinks))
             return CompactBlock(*pack_slots(layer.keys, layer.values, indices))
@@ -118,9 +116,3 @@ class KVDistill(Method):
             slots=slots,
             sinks=self._sinks,
         )
-
-
-def own_attention(layer: LayerInput) -> Tensor:
-    """``[B, Hkv, T]``: root mean square of the attention that the context's own queries give each token from behind it."""
-    queries = queries_from_behind(layer, MAX_QUERIES)
-    return matching.full_attention(queries, layer.keys, layer.values, layer.scale)[2]

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..cache import CompactBlock, CompactCache
 from ..kv_distiller import DistillerConfig, KVDistiller
 from ..methods import LayerInput, Method
-from ..methods.kv_distill import own_attention
+from ..methods.attention_matching import own_attention
 from ..model_spec import ModelSpec
 from ..patch.model import compact
-from ..token_selector import token_features
+from ..token_selector import MAX_QUERIES, token_features
 from .loop import LoopConfig, TrainResult
 from .still import StillOptions, StillTrainer, check_teacher, several, train_compactor, with_changes
 
@@ -142,7 +142,7 @@ class _Reader(Method):
         self.attention: list[Tensor] = []
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
-        self.attention.append(own_attention(layer))
+        self.attention.append(own_attention(layer, MAX_QUERIES))
         return CompactBlock(layer.keys.clone(), layer.values.clone())
 
 

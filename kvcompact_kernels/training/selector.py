@@ -21,12 +21,11 @@ from torch import Tensor
 from .._checks import check_int
 from ..cache import CompactBlock, load_safetensors, save_safetensors
 from ..methods import LayerInput, Method
-from ..methods.attention_matching import queries_from_behind
+from ..methods.attention_matching import own_attention
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
 from ..patch.families import decoder, model_spec
 from ..patch.model import compact
-from ..reference import matching
 from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
 from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
@@ -365,7 +364,6 @@ class _Capture(Method):
         self.layers: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
-        queries = queries_from_behind(layer, MAX_QUERIES)
-        _, _, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
+        attention = own_attention(layer, MAX_QUERIES)
         self.layers.append((layer.rope.unrotate(layer.keys, layer.positions), layer.values, attention))
         return CompactBlock(layer.keys.clone(), layer.values.clone())

@@ -13,7 +13,7 @@ from tiny_models import tiny_ids, tiny_model
 from kvcompact_kernels import compact, patch_model
 from kvcompact_kernels.kv_distiller import DistillerConfig, KVDistiller
 from kvcompact_kernels.methods import get_method
-from kvcompact_kernels.methods.kv_distill import own_attention
+from kvcompact_kernels.methods.attention_matching import own_attention
 from kvcompact_kernels.patch.families import model_spec
 from kvcompact_kernels.reference.selection import gather_tokens, top_tokens
 from kvcompact_kernels.token_selector import token_features
