@@ -174,7 +174,7 @@ def _still_cases(arch: str, table: dict[str, list[dict]]) -> Iterator[Case]:
                     element = _element(bits, "fp16" if variant in ("plain", "-> half") else "bf16")
                     flags = dict.fromkeys(("HAS_BIAS", "HAS_NORM"), int(variant.startswith("bias"))) if projects else {}
                     if kernel in ("project_keys", "attend"):
-                        flags |= dict.fromkeys(("LAYERS", "ALIGNED"), int(layers))
+                        flags["LAYERS"] = int(layers)
                     inputs = ("Q", "K", "V", "Weight", "Projected", "Free", "DOut", "DProjected", "DKeys", "DValues")
                     yield Case(
                         kernel,

@@ -70,17 +70,16 @@ def test_groups_reuse_the_workspace(device, monkeypatch, fitting, groups):
 
 
 def make_layers(device, count=3, dtype=torch.float16, odd=False, **sizes):
-    """Calls that share tables, with memory layouts that differ; ``odd``: one lies at addresses of single elements."""
-    layers = [list(make_inputs(device, dtype, **sizes)) for _ in range(count)]
-    for layer in layers[1:]:
+    """Calls that share tables, of several memory layouts, NaN around them; ``odd``: one lies at addresses of single elements."""
+    layers = [list(make_inputs(device, dtype, poison=False, **sizes)) for _ in range(count)]
+    for n, layer in enumerate(layers):
         layer[6:] = layers[0][6:]
-    if count > 1:
-        for i in (0, 1, 2):  # [B, T, Hkv, d] in memory
-            layers[1][i] = layers[1][i].transpose(1, 2).contiguous().transpose(1, 2)
-    gap = torch.full_like(layers[-1][1], float("nan"))
-    wide = torch.cat([gap[..., :1], layers[-1][1], gap], -1) if odd else torch.cat([gap, layers[-1][1]], -1)
-    first = 1 if odd else gap.shape[3]
-    layers[-1][1] = wide[..., first : first + gap.shape[3]]
+        for i in (0, 1, 2):
+            x = layer[i].transpose(1, 2) if n == 1 else layer[i]  # [B, T, Hkv, d] in memory
+            gap = torch.full_like(x, float("nan"))
+            start = 1 if odd and n == count - 1 else x.shape[3]
+            x = torch.cat([gap[..., :start], x, gap], -1).contiguous()[..., start : start + x.shape[3]]
+            layer[i] = x.transpose(1, 2) if n == 1 else x
     layers[-1][3] = layers[-1][3].t().contiguous().t()
     return [tuple(layer) for layer in layers]
 

@@ -95,7 +95,7 @@ def test_the_single_layer_takes_no_table(monkeypatch):
 
 
 def cross_layers(count, dtype, **sizes):
-    layers = [make_inputs("cuda", dtype, **sizes) for _ in range(count)]
+    layers = [make_inputs("cuda", dtype, poison=False, **sizes) for _ in range(count)]
     return [(*layer[:6], *layers[0][6:]) for layer in layers]
 
 

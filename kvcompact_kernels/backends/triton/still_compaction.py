@@ -6,7 +6,7 @@ keys fit a small workspace (about half of the L2 cache of a large GPU), which th
 launch projects the keys and one attends to them; where the slots alone do not fill the device, the tokens are split and
 a third launch merges. Chunks of a long context are more requests, and so are other layers, whose tensors the kernels look up
 in a table: a group may hold requests of several layers, so short contexts fill the device, and the number of launches follows
-the bytes and not the layers.
+the bytes and not the layers. (Layers at odd addresses, or with odd strides, have launches of their own.)
 
 Nothing waits for the device, and nothing is allocated but the outputs and one workspace.
 """
@@ -82,6 +82,13 @@ def supports(query: Tensor, keys: Tensor, values: Tensor, *rest: object) -> str 
 declines = runtime.declines_cpu
 
 
+def _row(layer: tuple) -> tuple[list[int], list[int]]:
+    """Addresses and strides of a layer in the kernels' table."""
+    query, keys, values, weight, *vectors = layer
+    tensors = (query, keys, values, weight, *(weight if x is None else x for x in vectors))
+    return [x.data_ptr() for x in tensors], [s for x in tensors[:3] for s in runtime.strides(x, 3)]
+
+
 class _Call:
     """What the launches of a forward or backward call have in common: sizes, layouts, tables.
 
@@ -107,22 +114,13 @@ class _Call:
         pair_bytes = self.tokens * (self.free_columns + self.columns) * self.query.element_size()
         self.groups = plan_groups(len(layers) * self.batch, self.kv_heads, pair_bytes)
         self.most_pairs = max(group.pairs for group in self.groups)
-        self.table, self.aligned = self.query, False
+        self.table = self.query
         if self.many:
-            addresses = [
-                [(w if x is None else x).data_ptr() for x in (q, k, v, w, b, n)] for q, k, v, w, b, n in self.layers
-            ]
-            strides = [[s for x in layer[:3] for s in runtime.strides(x, 3)] for layer in self.layers]
-            self.table = runtime.device_table([a + s for a, s in zip(addresses, strides)], self.query.device)
-            self.aligned = all(runtime.aligned(a, s) for a, s in zip(addresses, strides))
+            self.table = runtime.device_table([[*a, *s] for a, s in map(_row, self.layers)], self.query.device)
 
     def strides(self, tensor: Tensor) -> list[int]:
         """Strides as a launch takes them; the table has those of many layers."""
         return [0, 0, 0] if self.many else runtime.strides(tensor, 3)
-
-    @property
-    def layered(self) -> dict[str, bool]:
-        return {"LAYERS": self.many, "ALIGNED": self.aligned}
 
     def pick(self, kernel: str, rows: int) -> Config:
         return runtime.pick(self.arch, kernel, self.bits, self.columns, rows)
@@ -160,7 +158,7 @@ class _Call:
             group.heads,
             head_parts,
             **self.dims,
-            **self.layered,
+            LAYERS=self.many,
             BM=config.BM,
             BN=config.BN,
             HAS_BIAS=self.bias is not None,
@@ -207,6 +205,10 @@ def run_layers(
     from .compact_attention import merge_tile
     from .kernels import attention_forward, still_cross_attention
 
+    if len(layers) > 1 and not all(runtime.aligned(*_row(layer[:6])) for layer in layers):
+        # a layer whose memory lies oddly has launches that fit it, and the others have not
+        found = [run_layers([layer], need_lse, configs, splits) for layer in layers]
+        return tuple(torch.cat(x) for x in zip(*found))
     *tables, scale, norm_eps = layers[0][6:]
     call = _Call([layer[:6] for layer in layers], *tables, norm_eps)
     query, values = call.query, call.values
@@ -250,7 +252,7 @@ def run_layers(
                 group.pairs,
                 splits,
                 **call.dims,
-                **call.layered,
+                LAYERS=call.many,
                 BM=config.BM,
                 BN=config.BN,
                 UPCAST=runtime.interpreted(),

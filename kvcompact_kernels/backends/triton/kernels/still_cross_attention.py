@@ -3,7 +3,8 @@
 
 Pairs. A request's KV head is a pair, numbered ``request * kv_heads + head``; a launch covers a range of pairs whose
 projected keys fit a workspace, laid out ``[pair of the range, token, column]``. With ``LAYERS`` requests are numbered through
-the layers, ``layer * batch + request``, and what lies elsewhere in each layer is looked up in a table.
+the layers, ``layer * batch + request``, and what lies elsewhere in each layer is looked up in a table, whose addresses and
+strides keep the promise of ``layers.py``: without it the tiles spill.
 
 Columns. Rotations work on halves, and tiles are powers of two: a vector of ``n`` dimensions is two tiles of ``H`` columns,
 zeros beyond ``n / 2``. Projected keys (width D: tiles of ``WH``) and un-rotated keys (head dimension d: tiles of ``HP``)
@@ -134,7 +135,6 @@ def project_keys(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     LAYERS: tl.constexpr,
-    ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``Free = [pairs, tokens, 2 HP]`` and ``Projected = [pairs, tokens, 2 WH]``: un-rotated keys, and projected ones.
@@ -161,17 +161,17 @@ def project_keys(
     if LAYERS:
         line = table_row(Table, b // batch_size, COLUMNS)
         b = b % batch_size
-        K = table_pointer(line, 1, K, ALIGNED)
-        V = table_pointer(line, 2, V, ALIGNED)
-        Weight = table_pointer(line, 3, Weight, ALIGNED)
-        Bias = table_pointer(line, 4, Bias, ALIGNED)
-        Norm = table_pointer(line, 5, Norm, ALIGNED)
-        s_kb = table_stride(line, 9, ALIGNED)
-        s_kh = table_stride(line, 10, ALIGNED)
-        s_kn = table_stride(line, 11, ALIGNED)
-        s_vb = table_stride(line, 12, ALIGNED)
-        s_vh = table_stride(line, 13, ALIGNED)
-        s_vn = table_stride(line, 14, ALIGNED)
+        K = table_pointer(line, 1, K, True)
+        V = table_pointer(line, 2, V, True)
+        Weight = table_pointer(line, 3, Weight, True)
+        Bias = table_pointer(line, 4, Bias, True)
+        Norm = table_pointer(line, 5, Norm, True)
+        s_kb = table_stride(line, 9, True)
+        s_kh = table_stride(line, 10, True)
+        s_kn = table_stride(line, 11, True)
+        s_vb = table_stride(line, 12, True)
+        s_vh = table_stride(line, 13, True)
+        s_vn = table_stride(line, 14, True)
     token = tile * BM + tl.arange(0, BM)
     ok = token < tokens
     rows = (batch * heads).to(tl.int64) * tokens + token
@@ -273,7 +273,6 @@ def attend(
     BM: tl.constexpr,
     BN: tl.constexpr,
     LAYERS: tl.constexpr,
-    ALIGNED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """``Out[split, pair of the range, slot, 2 d]`` and ``Lse`` (natural log): one tile of slots, one split of the tokens.
@@ -291,14 +290,14 @@ def attend(
     if LAYERS:
         line = table_row(Table, b // batch_size, COLUMNS)
         b = b % batch_size
-        Q = table_pointer(line, 0, Q, ALIGNED)
-        V = table_pointer(line, 2, V, ALIGNED)
-        s_qb = table_stride(line, 6, ALIGNED)
-        s_qh = table_stride(line, 7, ALIGNED)
-        s_qn = table_stride(line, 8, ALIGNED)
-        s_vb = table_stride(line, 12, ALIGNED)
-        s_vh = table_stride(line, 13, ALIGNED)
-        s_vn = table_stride(line, 14, ALIGNED)
+        Q = table_pointer(line, 0, Q, True)
+        V = table_pointer(line, 2, V, True)
+        s_qb = table_stride(line, 6, True)
+        s_qh = table_stride(line, 7, True)
+        s_qn = table_stride(line, 8, True)
+        s_vb = table_stride(line, 12, True)
+        s_vh = table_stride(line, 13, True)
+        s_vn = table_stride(line, 14, True)
 
     row = tile * BM + tl.arange(0, BM)
     row_ok = row < slots
