@@ -54,7 +54,10 @@ def study_start(
     scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}
     queries: dict[int, list[Tensor]] = {i: [] for i in kept}
     wanted = _positions(conversations)
-    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].prompt) + len(conversations[i].answer))
+    # the longest first: what later batches need for a moment then fits where earlier ones had theirs
+    order = sorted(
+        range(len(conversations)), key=lambda i: -len(conversations[i].prompt) - len(conversations[i].answer)
+    )
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
         tokens = [torch.cat([conversations[i].prompt, conversations[i].answer[:-1]]) for i in rows]
