@@ -55,6 +55,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("Write a riddle about", "Write a short poem about", "Write a letter", "Imagine"),
     ),
 }
+RECALL = "recall"  # the kind of a passage that is to be continued
 _SEED = 'Passage: "{passage}"\n\n{task}'
 _RECALL = 'Continue this passage of the text: "{}"'
 _SHORT = " Answer in a few words."
@@ -381,7 +382,7 @@ class _Writer:
                 request = _RECALL.format(" ".join(words[:cut]))
                 answer = self._encode(" ".join(words[cut:]))[: self.config.answer_tokens]
                 answer += [end] if end in self.stops and len(answer) < self.config.answer_tokens else []
-                rows.append(("recall", request, question_ids(self.tokenizer, self.form, request), answer))
+                rows.append((RECALL, request, question_ids(self.tokenizer, self.form, request), answer))
         return rows
 
     def _encode(self, text: str) -> list[int]:

@@ -23,7 +23,7 @@ from ..patch.families import decoder
 from ..reference import matching
 from ..reference.selection import top_tokens
 from .attention import Recorder, received_attention
-from .self_study import Conversation
+from .self_study import RECALL, Conversation
 
 BATCH = 16
 MAX_POSITIONS = 2048  # of answers, whose queries the fit takes; each gives one to every query head
@@ -45,10 +45,12 @@ def study_start(
     Args:
         model: patched and frozen.
         ids: the text; the model must have as many positions.
-        conversations: on it, at least one.
+        conversations: on it, at least one; passages to continue count only where there is nothing else.
         slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``.
         sinks: first tokens that are kept in any case.
     """
+    # a passage that is continued looks at all of its tokens alike, and ranks none before another
+    conversations = [c for c in conversations if c.kind != RECALL] or list(conversations)
     full = model.compact(torch.tensor([list(ids)], device=model.device), method="full", ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}

@@ -18,8 +18,8 @@ TEXT = list(range(3, 40))
 NOTHING = Targets(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1))
 
 
-def conversation(prompt, answer):
-    return Conversation(torch.tensor(prompt), torch.tensor(answer), NOTHING, "question")
+def conversation(prompt, answer, kind="question"):
+    return Conversation(torch.tensor(prompt), torch.tensor(answer), NOTHING, kind)
 
 
 TALKS = [conversation([50, 51, 52], [60, 61]), conversation([53], [62, 63, 64, 65]), conversation([54, 55], [66])]
@@ -67,6 +67,15 @@ def test_a_question_that_comes_often_counts_more_than_a_long_answer():
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(often.layers, alone.layers))
     other = started(model, TALKS[1:2], 8)
     assert any(not torch.equal(a.keys, b.keys) for a, b in zip(other.layers, alone.layers))
+
+
+@torch.no_grad()
+def test_passages_to_continue_count_only_where_there_is_nothing_else():
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    passage = conversation([56, 57], [67, 68, 69], "recall")
+    beside = started(model, [*TALKS, passage], 8)
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(beside.layers, started(model, TALKS, 8).layers))
+    assert started(model, [passage], 8).num_slots == 8
 
 
 @torch.no_grad()
