@@ -217,16 +217,16 @@ def test_chunks_are_selected_by_themselves(weights):
 
 def test_long_contexts_are_chunked_unless_chunks_get_few_slots(weights):
     method = get_method("still", weights=weights)
-    assert method._chunks(700, 350) == [700]
-    assert method._chunks(2048, 256) == [512, 1024, 1536, 2048]
-    assert method._chunks(2048, 60) == [1024, 2048]
-    assert method._chunks(2048, 16) == [2048]
-    assert get_method("still", weights=weights, chunk=1 << 20)._chunks(2048, 256) == [2048]
-    layer = make_layer(1100, batch=1)
+    assert method._chunks(1500, 750) == [1500]
+    assert method._chunks(4096, 512) == [1024, 2048, 3072, 4096]
+    assert method._chunks(4096, 60) == [2048, 4096]
+    assert method._chunks(4096, 16) == [4096]
+    assert get_method("still", weights=weights, chunk=1 << 20)._chunks(4096, 512) == [4096]
+    layer = make_layer(2100, batch=1)
     default = method.compact_layer(layer, 64)
-    chunked = get_method("still", weights=weights, chunk=550).compact_layer(layer, 64)
+    chunked = get_method("still", weights=weights, chunk=1050).compact_layer(layer, 64)
     assert torch.equal(default.keys, chunked.keys) and torch.equal(default.beta, chunked.beta)
-    once = get_method("still", weights=weights, chunk=1100).compact_layer(layer, 64)
+    once = get_method("still", weights=weights, chunk=2100).compact_layer(layer, 64)
     assert not torch.equal(default.keys, once.keys)
 
 
