@@ -73,7 +73,8 @@ class Still(Method):
             point for training and a check of the machinery.
         chunk: compact chunks of about so many tokens by themselves, each to its share of the slots (the iterative mode);
             a number beyond the context's tokens takes it at once. None does so with a Perceiver; with a selector it takes
-            chunks of 1,024, or of so many more that each has 24 slots: no worse than all at once, and the cost grows with T alone.
+            chunks of 1,024, or of so many more that each has 24 slots. More facts survive than in one piece, plain text is
+            continued somewhat worse (docs/results.md), and the cost grows with T, not with its square.
         config: fields of ``StillConfig`` for the identity initialisation, except slots, head_dim and num_kv_heads. Unlike
             there, ``sink`` is 1 unless given: the first token of each chunk stays exact, for losing it is ruinous.
         check_weights: False accepts weights trained for a fine-tuned sibling of the model. Those of the package are for all
