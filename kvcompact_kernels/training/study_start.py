@@ -54,14 +54,13 @@ def study_start(
     full = model.compact(torch.tensor([list(ids)], device=model.device), method="full", ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}
-    queries: dict[int, list[Tensor]] = {i: [] for i in kept}
     wanted = _positions(conversations)
-    # the longest first: what later batches need for a moment then fits where earlier ones had theirs
-    order = sorted(
-        range(len(conversations)), key=lambda i: -len(conversations[i].prompt) - len(conversations[i].answer)
-    )
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
+    # one piece of memory for each layer: thousands of small ones would lie between, and hold, what a batch needs for a moment
+    total, filled = sum(map(len, wanted)), 0
+    queries: dict[int, Tensor] = {}
+    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].prompt) + len(conversations[i].answer))
+    for first in range(0, len(order), BATCH):
+        rows = order[first : first + BATCH]
         tokens = [torch.cat([conversations[i].prompt, conversations[i].answer[:-1]]) for i in rows]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
         session = Recorder(spec, full)
@@ -74,8 +73,13 @@ def study_start(
                 seen, session.tail_keys[i], keys, [len(x) for x in tokens], spec.scales[i], begins
             )
             scores[i] += most.sum(0, keepdim=True)
+            if i not in queries:
+                queries[i] = seen.new_empty(seen.shape[1], total, seen.shape[3])
+            end = filled
             for row, (number, begin) in enumerate(zip(rows, begins)):
-                queries[i].append(seen[row, :, [begin + place for place in wanted[number]]])
+                start, end = end, end + len(wanted[number])
+                queries[i][:, start:end] = seen[row, :, [begin + place for place in wanted[number]]]
+        filled = end
     layers = list(full.layers)
     for number, i in enumerate(kept):
         block = full.layers[i]
@@ -89,7 +93,7 @@ def study_start(
             rope=full.ropes["full"],
             scale=spec.scales[i],
         )
-        asked = matching.reference_queries(torch.cat(queries.pop(i), 1)[None], block.num_kv_heads)
+        asked = matching.reference_queries(queries.pop(i)[None], block.num_kv_heads)
         outputs, lse, _ = matching.full_attention(asked, block.keys, block.values, layer.scale)
         indices = top_tokens(scores[i], slots, first=min(sinks, slots - 1))
         made = fit_slots(layer, asked, outputs, lse, indices, MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT)

@@ -8,11 +8,15 @@ import torch
 from tiny_models import tiny_model
 
 from kvcompact_kernels.cache import WindowBlock
+from kvcompact_kernels.methods import LayerInput
+from kvcompact_kernels.methods.attention_matching import fit_slots
 from kvcompact_kernels.patch import model_spec
+from kvcompact_kernels.reference import matching
+from kvcompact_kernels.training.attention import Recorder
 from kvcompact_kernels.training.common import frozen
 from kvcompact_kernels.training.distill import Targets
 from kvcompact_kernels.training.self_study import Conversation
-from kvcompact_kernels.training.study_start import study_start
+from kvcompact_kernels.training.study_start import BETA_LIMIT, MASS_RIDGE, VALUE_RIDGE, study_start
 
 TEXT = list(range(3, 40))
 NOTHING = Targets(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1))
@@ -57,6 +61,29 @@ def test_the_tokens_that_answers_look_at_are_kept():
             wanted = scores[head].topk(9).indices.sort().values
             torch.testing.assert_close(block.keys[0, head], full.layers[number].keys[0, head, wanted])
         assert block.beta is not None and block.beta.abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_biases_and_values_are_fitted_to_the_answers_queries():
+    model = tiny_model("llama", torch.float64, max_position_embeddings=128)
+    spec = model_spec(model)
+    cache = started(model, TALKS, 9)
+    with frozen(model):
+        full = model.compact(torch.tensor([TEXT]), method="full", ratio=1)
+        asked = [[] for _ in full.layers]
+        for talk in TALKS:  # one at a time, and in this order: the fit does not depend on it
+            session = Recorder(spec, full)
+            model(torch.cat([talk.prompt, talk.answer])[None], past_key_values=session, use_cache=True)
+            for number, found in enumerate(asked):
+                found.append(session.queries[number][:, :, len(talk.prompt) - 1 : -1])
+    for block, whole, found, scale in zip(cache.layers, full.layers, asked, spec.scales):
+        queries = matching.reference_queries(torch.cat(found, 2), whole.num_kv_heads)
+        outputs, lse, _ = matching.full_attention(queries, whole.keys, whole.values, scale)
+        indices = (block.keys[:, :, :, None] == whole.keys[:, :, None]).all(-1).int().argmax(-1)
+        layer = LayerInput(0, 1, whole.keys, whole.values, None, torch.arange(len(TEXT)), full.ropes["full"], scale)
+        wanted = fit_slots(layer, queries, outputs, lse, indices, MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT)
+        torch.testing.assert_close(block.beta, wanted.beta)
+        torch.testing.assert_close(block.values, wanted.values)
 
 
 @torch.no_grad()
