@@ -291,7 +291,7 @@ def test_every_generated_task_and_every_untrained_method(folder, tmp_path):
         assert run(folder, out, *size, *extra, methods=methods, tasks=chosen) == 0
         rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
         assert not [row["error"] for row in rows if row["error"]]
-        assert {row["task"] for row in rows} == set(chosen.split(",")) and len({row["method"] for row in rows}) == 18
+        assert {row["task"] for row in rows} == set(chosen.split(",")) and len({row["method"] for row in rows}) == 19
         assert all(row["physical_bytes"] <= row["budget_bytes"] for row in rows if row["ratio"])
 
 

@@ -192,7 +192,7 @@ def task_of(model, tokenizer, count, slots=40, tokens=400, text=TEXT):
     patch_model(model.eval().requires_grad_(False), "full")
     config = CartridgeConfig(slots=slots, tokens=tokens)
     ids = training.document_ids(tokenizer, training.prompt_format(tokenizer), text)
-    start = training._start(model, ids, config)
+    start = training._start(model, model_spec(model), ids, Made(count), config)
     return training._Task(model, model_spec(model), ["a"], [start], [Made(count)], config, 0, [])
 
 
