@@ -545,7 +545,15 @@ def test_the_command_says_that_it_needs_a_gpu(gpu, tmp_path, capsys):
 
 
 def test_one_command_without_an_environment_of_its_own():
-    command = ["make", "-n", "bench-gpu", "OUT=a folder", "PYTHON=python3.12", "BENCH_ARGS=--tune"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "bench-gpu",
+        "OUT=a folder",
+        "PYTHON=python3.12",
+        "BENCH_ARGS=--tune",
+    ]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == 'python3.12 benchmarks/gpu/visit.py --out "a folder" --tune'
 
