@@ -4,13 +4,14 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from .._checks import check_int
+from .._checks import check_choice, check_int
 from ..cache import CompactBlock
 from ..ops import pack_slots
-from .base import LayerInput, Method
+from .base import LayerInput, Method, get_method, list_methods
 
 
 def check_share(name: str, value: object, minimum: float = 0.0, maximum: float = math.inf) -> float:
@@ -21,6 +22,18 @@ def check_share(name: str, value: object, minimum: float = 0.0, maximum: float =
         allowed = f"at least {minimum}" if maximum == math.inf else f"in [{minimum}, {maximum}]"
         raise ValueError(f"{name} must be finite and {allowed}, got {value}")
     return float(value)
+
+
+def wrapped_scorer(kind: type[Method], scorer: str, options: dict[str, Any]) -> Any:
+    """The method ``scorer`` with its ``options``, for a method that works with another's choice.
+
+    Raises:
+        ValueError, TypeError: no registered method of that ``kind`` has the name, or it refuses an option.
+    """
+    check_choice("scorer", scorer, tuple(name for name, cls in list_methods().items() if issubclass(cls, kind)))
+    if not isinstance(options, dict):
+        raise TypeError(f"options must be a dict of the scorer's options, got {type(options).__name__}")
+    return get_method(scorer, **options)
 
 
 def check_layer(method: Method, layer: LayerInput, slots: int) -> None:

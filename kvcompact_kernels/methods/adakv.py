@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from .._checks import check_choice
 from ..cache import CompactBlock
 from ..model_spec import ModelSpec
 from ..reference.selection import share_budget, top_tokens
 from ._scored import ScoredMethod
-from ._selection import check_layer, check_share, whole_layer
-from .base import LayerInput, Method, get_method, list_methods, register_method
+from ._selection import check_layer, check_share, whole_layer, wrapped_scorer
+from .base import LayerInput, Method, register_method
 
 
 @register_method
@@ -39,12 +38,8 @@ class AdaKV(Method):
     floor_share: float = 0.2
 
     def __post_init__(self):
-        names = [n for n, cls in list_methods().items() if issubclass(cls, ScoredMethod)]
-        check_choice("scorer", self.scorer, tuple(names))
-        if not isinstance(self.options, dict):
-            raise TypeError(f"options must be a dict of the scorer's options, got {type(self.options).__name__}")
         self.floor_share = check_share("floor_share", self.floor_share, maximum=1.0)
-        self._scorer = get_method(self.scorer, **self.options)
+        self._scorer = wrapped_scorer(ScoredMethod, self.scorer, self.options)
 
     @property
     def queries_needed(self) -> int:

@@ -13,6 +13,8 @@ from ..reference.selection import gather_tokens, top_tokens
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .base import LayerInput, Method, register_method
 
+BETA_LIMIT = 7.0  # nats: a slot weighs at most e^7 times what its own key does
+
 
 @register_method
 @dataclass
@@ -45,7 +47,7 @@ class AttentionMatching(Method):
     max_queries: int | None = 8192
     mass_ridge: float = 1e-3
     value_ridge: float = 1e-3
-    beta_limit: float = 7.0
+    beta_limit: float = BETA_LIMIT
     sinks: int = 4
 
     def __post_init__(self):

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from .._checks import check_choice
 from ..cache import CompactBlock, PairedBlock, SharedSlots
 from ..model_spec import ModelSpec
 from ..reference.merging import angular_distance, merge_layers
 from ..reference.selection import gather_tokens
-from ._selection import SelectionMethod, check_layer, check_share, whole_layer
-from .base import LayerInput, Method, get_method, list_methods, register_method
+from ._selection import SelectionMethod, check_layer, check_share, whole_layer, wrapped_scorer
+from .base import LayerInput, Method, register_method
 
 
 @register_method
@@ -59,11 +58,7 @@ class MiniCache(Method):
     def __post_init__(self):
         for name in ("start", "weight", "retain"):
             setattr(self, name, check_share(name, getattr(self, name), maximum=1.0))
-        names = tuple(n for n, cls in list_methods().items() if issubclass(cls, SelectionMethod))
-        check_choice("scorer", self.scorer, names)
-        if not isinstance(self.options, dict):
-            raise TypeError(f"options must be a dict of the scorer's options, got {type(self.options).__name__}")
-        self._scorer = get_method(self.scorer, **self.options)
+        self._scorer = wrapped_scorer(SelectionMethod, self.scorer, self.options)
 
     @property
     def queries_needed(self) -> int:

@@ -21,12 +21,11 @@ from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
 from ..token_selector import MAX_QUERIES, TokenSelector
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
-from .attention_matching import fit_slots, queries_from_behind
+from .attention_matching import BETA_LIMIT, fit_slots, queries_from_behind
 from .base import LayerInput, Method, register_method
 
 IDENTITY = "identity"
 WEIGHTS = Path(__file__).parent.parent / "weights"
-_BETA_LIMIT = 7.0
 # what a selector compacts at once where nothing is said, and the slots that a chunk gets at least
 _CHUNK, _CHUNK_SLOTS = 1024, 24
 
@@ -217,7 +216,7 @@ class Still(Method):
             keys = part.rope.unrotate(part.keys, part.positions)
             scores = selector.scores(part.layer_idx, keys, part.values, attention, self.recall_weight)
             indices = top_tokens(scores, before + slots, first=sinks)
-            block = fit_slots(part, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, _BETA_LIMIT)
+            block = fit_slots(part, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, BETA_LIMIT)
         if not before:
             return block
         beta = None if block.beta is None else block.beta[:, :, before:]

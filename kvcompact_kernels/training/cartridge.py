@@ -467,8 +467,7 @@ def _start(model: Any, spec: ModelSpec, ids: list[int], data: Conversations, con
     """The untrained cartridge."""
     method, device = config.method(), model.device
     if method is None:
-        sinks = min(4, config.slots - 1)
-        cache = study_start(model, spec, ids, [data[i] for i in data.train], config.slots, max(sinks, config.sinks))
+        cache = study_start(model, spec, ids, [data[i] for i in data.train], config.slots, max(4, config.sinks))
     elif method.name == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
         context = torch.tensor([ids[: config.slots]], device=device)
         cache = model.compact(context, method="full", ratio=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
 from ..methods import LayerInput
-from ..methods.attention_matching import fit_slots
+from ..methods.attention_matching import BETA_LIMIT, fit_slots
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
 from ..reference import matching
@@ -29,7 +29,7 @@ BATCH = 16
 MAX_POSITIONS = 2048  # of answers, whose queries the fit takes; each gives one to every query head
 # Far above those of Attention Matching: its slots answer for the whole text, where a fact is to be read off its own tokens,
 # and a fit that follows the many answers spoils the one that was not asked for. Chosen in docs/training.md's example.
-MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT = 0.1, 1.0, 7.0
+MASS_RIDGE, VALUE_RIDGE = 0.1, 1.0
 
 
 @torch.no_grad()

@@ -193,8 +193,8 @@ def test_padding_changes_nothing(tmp_path, family):
             if hasattr(b, "heads"):
                 for (k, v, _), (k1, v1, _) in zip(a.heads()[row], b.heads()[0]):
                     assert k.shape[0] == math.ceil(tokens / 4)
-                    torch.testing.assert_close(k, k1, rtol=1e-3, atol=1e-3)
-                    torch.testing.assert_close(v, v1, rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(k, k1, rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(v, v1, rtol=1e-5, atol=1e-5)
 
 
 def test_a_running_conversation_with_weights(tmp_path):

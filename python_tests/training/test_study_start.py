@@ -9,14 +9,14 @@ from tiny_models import tiny_model
 
 from kvcompact_kernels.cache import WindowBlock
 from kvcompact_kernels.methods import LayerInput
-from kvcompact_kernels.methods.attention_matching import fit_slots
+from kvcompact_kernels.methods.attention_matching import BETA_LIMIT, fit_slots
 from kvcompact_kernels.patch import model_spec
 from kvcompact_kernels.reference import matching
 from kvcompact_kernels.training.attention import Recorder
 from kvcompact_kernels.training.common import frozen
 from kvcompact_kernels.training.distill import Targets
 from kvcompact_kernels.training.self_study import Conversation
-from kvcompact_kernels.training.study_start import BETA_LIMIT, MASS_RIDGE, VALUE_RIDGE, study_start
+from kvcompact_kernels.training.study_start import MASS_RIDGE, VALUE_RIDGE, study_start
 
 TEXT = list(range(3, 40))
 NOTHING = Targets(torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1))
