@@ -590,7 +590,7 @@ def test_candidates_are_neighbours_and_begin_with_the_present_one(gpu):
 
 def test_every_tuned_kernel_has_entries(gpu):
     runtime = gpu.tune.runtime
-    for arch in ("sm80", "sm90"):
+    for arch in runtime.SHARED_BYTES:
         table = runtime.table(arch)
         for workload in gpu.tune.workloads():
             entry = workload.entry(table)

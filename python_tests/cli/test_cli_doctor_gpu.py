@@ -43,10 +43,18 @@ def test_a_gpu_and_the_table_of_its_kernels(hopper, tmp_path, monkeypatch):
     assert doctor._gpus()[0]["kernel_table"] == "nvidia_h100_80gb_hbm3.json"
 
 
+@pytest.mark.parametrize(("kib", "table"), [(227, "sm90"), (226, "sm80"), (163, "sm80"), (162, "sm89"), (99, "sm89")])
+def test_the_table_fits_the_shared_memory(hopper, monkeypatch, kib, table):
+    monkeypatch.setattr(runtime, "triton_problem", lambda: None)
+    hopper.name, hopper.shared_memory_per_block_optin = "a card that nobody measured", kib * 1024
+    found = doctor._gpus()[0]
+    assert (found["kernel_table"], found["triton_kernels"]) == (f"{table}.json", "run")
+
+
 def test_a_gpu_that_is_too_small(hopper, monkeypatch):
     monkeypatch.setattr(runtime, "triton_problem", lambda: None)
-    hopper.shared_memory_per_block_optin = 99 * 1024
-    assert "the device allows 99 KiB" in doctor._gpus()[0]["triton_kernels"]
+    hopper.shared_memory_per_block_optin = 64 * 1024
+    assert "needs 99 KiB of shared memory per block, the device allows 64 KiB" in doctor._gpus()[0]["triton_kernels"]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from torch import Tensor
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIN_VERSION = (3, 5)
-# What a block may use on an sm_90 with the opt-in limit; smaller devices get the tiles of sm80.json.
-LARGE_SHARED_BYTES = 227 * 1024
-SMALL_SHARED_BYTES = 163 * 1024  # an sm_80; consumer cards of later generations allow only 99 KiB
+# The tables that come with the package, by the shared memory that a block may have (with the opt-in limit): an H100's, an
+# A100's, and what the workstation and consumer cards of sm_86, sm_89 and sm_120 allow.
+SHARED_BYTES = {"sm90": 227 * 1024, "sm80": 163 * 1024, "sm89": 99 * 1024}
 ARENA_BYTES = 8 << 20  # some 1,700 captured launches of 36 layers
 _ARENA: list = []  # pinned memory, and the number of its elements that graphs hold
 _ARENA_LOCK = threading.Lock()
@@ -71,10 +71,9 @@ def device_problem(index: int) -> str | None:
     if major < 8:
         return f"needs compute capability 8.0 or newer, the device has {major}.{minor}"
     limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
-    if limit < SMALL_SHARED_BYTES:
-        return (
-            f"needs {SMALL_SHARED_BYTES // 1024} KiB of shared memory per block, the device allows {limit // 1024} KiB"
-        )
+    least = min(SHARED_BYTES.values())
+    if limit < least:
+        return f"needs {least // 1024} KiB of shared memory per block, the device allows {limit // 1024} KiB"
     return None
 
 
@@ -122,7 +121,7 @@ def arch_name(device: torch.device) -> str:
     if (CONFIGS / f"{own}.json").exists():
         return own
     limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return "sm90" if limit >= LARGE_SHARED_BYTES else "sm80"
+    return next((arch for arch, needed in SHARED_BYTES.items() if needed <= limit), "sm89")
 
 
 @functools.cache
