@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         result, code = _failed(args, "interrupted"), EXIT_INTERRUPTED
     except CliError as error:
-        result, code = _failed(args, str(error)), EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
+        result = {**error.result, **_failed(args, str(error))}
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILURE
     except BrokenPipeError:
         return _pipe_closed()
     try:

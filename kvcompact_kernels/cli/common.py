@@ -19,7 +19,11 @@ DEMO_MODEL = "demo"
 
 
 class CliError(Exception):
-    """A failure that is explained in its message; exit code 1."""
+    """A failure that is explained in its message; exit code 1. ``result`` is what there is in spite of it."""
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None):
+        super().__init__(message)
+        self.result = result or {}
 
 
 class UsageError(CliError):

@@ -145,7 +145,12 @@ def _report(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if not args.json:
         print(markdown(lines))
         print(f"written: {', '.join(str(path) for path in files)}")
-    return {"folder": str(folder), "lines": lines, "files": [str(path) for path in files]}
+    result = {"folder": str(folder), "lines": lines, "files": [str(path) for path in files]}
+    worked = {line["method"] for line in lines if line["samples"]}
+    never = [name for name in dict.fromkeys(line["method"] for line in lines) if name not in worked]
+    if never and not args.report:
+        raise CliError(f"nothing but failures of {', '.join(never)}; the other rows are in {folder}", result)
+    return result
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -182,7 +182,9 @@ def test_a_plugin_with_faults_harms_nobody_else(folder, tmp_path, capsys, own_re
     (tmp_path / "bad.py").write_text(BAD_PLUGIN)
     more = ("--plugin", str(tmp_path / "bad.py"), "--no-plots")
     args = {"methods": "none_made,index_error,uniform", "tasks": "continuation_kl:tokens=9"}
-    run(folder, tmp_path / "x", *more, **args)
+    assert run(folder, tmp_path / "x", *more, **args) == 1
+    assert "nothing but failures of none_made, index_error; the other rows are in" in capsys.readouterr().err
+    assert (tmp_path / "x" / "results.md").is_file()
     rows = [json.loads(line) for line in (tmp_path / "x" / "samples.jsonl").read_text().splitlines()]
     errors = {row["method"]: row["error"] for row in rows}
     assert errors["uniform"] is None and errors["full"] is None

@@ -157,6 +157,23 @@ def test_static_caches_pass_by(model):
     assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), with_patch)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_torch_compile():
+    """Both ways of compiling a patched model; the graph breaks at the cache, the logits are the same."""
+    model = kc.patch_model(tiny_model("gemma3_text"), "snapkv", ratio=4)
+    cache, question = model.compact(tiny_ids(1, CONTEXT)), tiny_ids(1, QUESTION, 2)
+    wanted = model(question, past_key_values=cache).logits
+    text = model.generate(question, past_key_values=cache, **GREEDY)
+    try:
+        got = torch.compile(model, backend="eager")(question, past_key_values=cache).logits
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+        model.compile(backend="eager")
+        torch.testing.assert_close(model(question, past_key_values=cache).logits, wanted, rtol=0, atol=1e-11)
+        assert torch.equal(model.generate(question, past_key_values=cache, **GREEDY), text)
+    finally:
+        torch.compiler.reset()
+
+
 def test_autocast():
     model = kc.patch_model(tiny_model("llama", torch.float32), Every(), ratio=4)
     question = tiny_ids(2, QUESTION, 2)
