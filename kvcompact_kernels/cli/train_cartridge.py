@@ -59,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recall", type=int, default=0, metavar="N", help="passages to be continued, beside them (0)")
     group.add_argument("--held-out", type=int, default=32, metavar="N", help="of them that are not trained (32)")
     group.add_argument("--chunk-tokens", type=int, default=512, metavar="N", help="of the document, in context (512)")
+    group.add_argument(
+        "--kinds",
+        metavar="K,K,…",
+        help="of requests, taken in turn: question, structuring, summarisation, use_case, creative; one that stands there "
+        "twice comes twice as often (three questions in seven)",
+    )
+    group.add_argument(
+        "--short-answers", type=float, default=0.5, metavar="SHARE", help="of the questions that want few words (0.5)"
+    )
     group.add_argument("--request-tokens", type=int, default=64, metavar="N", help="longest request (64)")
     group.add_argument("--answer-tokens", type=int, default=96, metavar="N", help="longest answer (96)")
     group.add_argument("--temperature", type=float, default=0.7, help="of the requests (0.7)")
@@ -82,6 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         study = SelfStudyConfig(
             conversations=args.conversations,
             recall=args.recall,
+            **({} if args.kinds is None else {"kinds": tuple(kind.strip() for kind in args.kinds.split(","))}),
+            short_answers=args.short_answers,
             chunk_tokens=args.chunk_tokens,
             batch=args.study_batch,
             request_tokens=args.request_tokens,

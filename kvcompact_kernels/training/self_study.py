@@ -28,7 +28,7 @@ from .distill import Targets, hidden_states, teacher_targets
 from .loop import stable_number
 
 FORMAT = "kvcompact-self-study"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NOTE = "conversations.json"
 
 # what the model is asked to write about a passage, and the words that its request begins with: put into its mouth, for
@@ -322,6 +322,14 @@ def chunk_spans(lengths: Sequence[int], size: int, count: int) -> list[tuple[int
     return spans
 
 
+def draw_starts(draw: random.Random, first: int, last: int, count: int) -> list[int]:
+    """``count`` pieces of a span that passages begin at: none twice before each was there once."""
+    starts: list[int] = []
+    while len(starts) < count:
+        starts += draw.sample(range(first, last), min(count - len(starts), last - first))
+    return starts
+
+
 class _Writer:
     """Writes the conversations of one unit."""
 
@@ -353,7 +361,9 @@ class _Writer:
             torch.manual_seed(stable_number(config.seed, unit, "sampling"))
             cache = self._read("".join(self.pieces[first:last]).strip())
             if written:
-                kept = self._converse(cache, [self._seed(draw, first, last, number + i) for i in range(count)], draw)
+                starts = draw_starts(draw, first, last, count)
+                seeds = [self._seed(draw, start, last, number + i) for i, start in enumerate(starts)]
+                kept = self._converse(cache, seeds, draw)
             else:
                 kept = self._recall(draw, first, last, count)
             return [(*row, self._teach(row[2], row[3], cache)) for row in kept]
@@ -395,10 +405,10 @@ class _Writer:
             return None
         return self.model.compact(torch.tensor([ids], device=self.model.device), method="full", ratio=1)
 
-    def _seed(self, draw: random.Random, first: int, last: int, number: int) -> tuple[str, str, str]:
+    def _seed(self, draw: random.Random, start: int, last: int, number: int) -> tuple[str, str, str]:
         """Kind, seed prompt, and the words that the request begins with."""
         kind = self.config.kinds[number % len(self.config.kinds)]
-        passage = self._passage(draw.randrange(first, last), last)
+        passage = self._passage(start, last)
         task, openings = KINDS[kind]
         return kind, _SEED.format(passage=passage, task=task), draw.choice(openings)
 

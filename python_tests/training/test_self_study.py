@@ -17,6 +17,7 @@ from kvcompact_kernels.training.self_study import (
     KINDS,
     SelfStudyConfig,
     chunk_spans,
+    draw_starts,
     prepare_conversations,
     split_text,
     tidy_request,
@@ -67,6 +68,14 @@ def test_spans_cover_the_text_evenly(count):
     # a few spans are taken from all over the text, not from its beginning
     if count == 3:
         assert spans[-1][1] > 70 and spans[0][1] < 40
+
+
+@pytest.mark.parametrize(("first", "last", "count"), [(3, 10, 4), (3, 10, 7), (0, 5, 13), (6, 7, 3)])
+def test_passages_begin_everywhere_before_they_begin_anywhere_twice(first, last, count):
+    starts = draw_starts(random.Random(count), first, last, count)
+    times = [starts.count(piece) for piece in range(first, last)]
+    assert len(starts) == sum(times) == count and max(times) - min(times) <= 1
+    assert len({tuple(draw_starts(random.Random(seed), 0, 9, 9)) for seed in range(5)}) > 1
 
 
 def test_targets_are_the_teachers_with_the_chunk_in_context(model, tokenizer, tmp_path):
