@@ -177,8 +177,9 @@ def quality_over_ratio(lines: list[dict[str, Any]], figures: list[str], look: di
             for i, name in enumerate(names):
                 own = [x for x in drawn if x["length"] == length and x["method"] == name and x[figure] is not None]
                 own.sort(key=lambda line: line["ratio"])
-                # a step aside for each method: equal values would lie on one another
-                aside = 1.03 ** (i - (len(names) - 1) / 2)
+                # a step aside for each method, for equal values would lie on one another; a tenth at most, to stay at the ratio
+                middle = (len(names) - 1) / 2
+                aside = 1 + (i - middle) * min(0.03, 0.1 / max(1, middle))
                 axes.errorbar(
                     [line["ratio"] * aside for line in own],
                     [line[figure] for line in own],
