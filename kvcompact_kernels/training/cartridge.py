@@ -44,8 +44,9 @@ class CartridgeConfig:
         slots: per KV head and layer.
         init: method whose slots training starts from, with its options as in ``attention_matching:queries=repeat``.
             "cartridge": the text's first tokens, of which nothing else is read. "self_study": the tokens that the answers of
-            the conversations look at (:func:`.study_start.study_start`). This and any other method reads the whole text,
-            which must fit into the model's positions and, once, into memory.
+            the conversations look at (:func:`.study_start.study_start`). "cartridge:file=F": the slots of a file, to train
+            them further. All but the first read the whole text, which must fit into the model's positions and, once, into
+            memory.
         sinks: leading slots that stay as they are (the attention sink).
         train_beta: also train a bias per slot.
         tokens: of requests and answers in one batch; conversations of similar length share one, and the padding counts.
@@ -447,7 +448,7 @@ def _check_document(tokenizer: Any, form: Any, name: str, text: str, config: Car
             f"the document {name!r} has {len(ids)} tokens, fewer than the {config.slots} slots: nothing would be saved"
         )
     limit = getattr(model.config, "max_position_embeddings", None)
-    whole = parse_spec(config.init)[0] != FIRST_TOKENS
+    whole = config.init != FIRST_TOKENS
     if limit is not None and (len(ids) if whole else config.slots) > limit:
         raise ValueError(
             f"init {config.init!r} reads {len(ids) if whole else config.slots} tokens of {name!r}, but the model has {limit} "
@@ -468,7 +469,7 @@ def _start(model: Any, spec: ModelSpec, ids: list[int], data: Conversations, con
     method, device = config.method(), model.device
     if method is None:
         cache = study_start(model, spec, ids, [data[i] for i in data.train], config.slots, max(4, config.sinks))
-    elif method.name == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
+    elif config.init == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
         context = torch.tensor([ids[: config.slots]], device=device)
         cache = model.compact(context, method="full", ratio=1)
     else:

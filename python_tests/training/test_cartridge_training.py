@@ -324,6 +324,21 @@ def test_other_starts(model, tokenizer, tmp_path, run_folder, init):
     assert all(block.beta is not None and (block.beta != 0).any() for block in cache.layers)
 
 
+def test_a_file_is_trained_further(model, tokenizer, tmp_path, run_folder):
+    (first,) = fit(model, tokenizer, tmp_path / "a.kvc", run_folder, config=replace(CONFIG, init="self_study"))
+    folder = tmp_path / "more"
+    folder.mkdir()
+    for path in run_folder.glob("conversations-*"):
+        (folder / path.name).symlink_to(path.resolve())
+    config = replace(CONFIG, init=f"cartridge:file={first.path}")
+    fit(model, tokenizer, tmp_path / "b.kvc", folder, config=config, loop=replace(LOOP, max_steps=1))
+    rows = [json.loads(line) for line in next(folder.rglob("metrics.jsonl")).read_text().splitlines()]
+    start = next(row["evaluation"]["kl"] for row in rows if "evaluation" in row and row["step"] == 0)
+    assert start == pytest.approx(first.evaluation["kl"], rel=1e-3)
+    with pytest.raises(ValueError, match="slots"):
+        fit(model, tokenizer, tmp_path / "c.kvc", tmp_path / "other", config=replace(config, slots=39))
+
+
 def test_gemma_with_its_sliding_layers(tokenizer, tmp_path):
     model = tiny_model("gemma3_text", torch.float32, vocab_size=261, max_position_embeddings=2048)
     (made,) = fit(model, tokenizer, tmp_path / "a.kvc", tmp_path / "run", loop=replace(LOOP, steps=12))
