@@ -230,5 +230,5 @@ def usage_errors() -> Iterator[None]:
     """Turns refused options into a UsageError."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error

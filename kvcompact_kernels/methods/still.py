@@ -19,7 +19,7 @@ from ..reference import matching
 from ..reference.selection import top_tokens
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
-from ..token_selector import MAX_QUERIES, TokenSelector
+from ..token_selector import MAX_QUERIES, TokenSelector, token_features
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .attention_matching import BETA_LIMIT, fit_slots, queries_from_behind
 from .base import LayerInput, Method, register_method
@@ -162,13 +162,10 @@ class Still(Method):
     def _chunks(self, num_tokens: int, slots: int) -> list[int]:
         """Ends of near-equal chunks."""
         if self.chunk is not None:
-            count = round(num_tokens / self.chunk)
-        elif isinstance(self._trained, TokenSelector):
-            count = min(round(num_tokens / _CHUNK), slots // _CHUNK_SLOTS)
-        else:
-            count = 1
-        count = max(1, count)
-        return [num_tokens * (i + 1) // count for i in range(count)]
+            return _ends(num_tokens, round(num_tokens / self.chunk))
+        if isinstance(self._trained, TokenSelector):
+            return _ends(num_tokens, min(round(num_tokens / _CHUNK), slots // _CHUNK_SLOTS))
+        return [num_tokens]
 
     def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
         """The same for every layer; a trained Perceiver makes a fixed number of slots, and raises ValueError for another."""
@@ -196,31 +193,26 @@ class Still(Method):
         return CompactBlock.cat(blocks)
 
     def _select(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
-        """The block of the tokens ``start`` to ``end``, as seen from behind the whole context, for that is where queries will
-        come from. The context's sinks stand before a later chunk meanwhile: without them its queries would spread over the
-        chunk what they really give to the sinks."""
+        """The block of the tokens ``start`` to ``end``, see :class:`_Seen`."""
         sinks = leading_sinks(layer, self.sinks)
-        before = min(sinks, start)
         if start + slots <= sinks:
             raise ValueError(
                 f"slots: a chunk of {end - start} tokens gets {slots}, but needs {sinks + 1}; "
                 "ask for more slots or larger chunks"
             )
-        part = _part(layer, before, start, end)
         if slots == end - start:
-            block = whole_layer(part)
-        else:
-            selector = self._trained.to(layer.keys.device)
-            queries = queries_from_behind(part, MAX_QUERIES, int(layer.positions[-1]) + 1)
-            outputs, lse, attention = matching.full_attention(queries, part.keys, part.values, part.scale)
-            keys = part.rope.unrotate(part.keys, part.positions)
-            scores = selector.scores(part.layer_idx, keys, part.values, attention, self.recall_weight)
-            indices = top_tokens(scores, before + slots, first=sinks)
-            block = fit_slots(part, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, BETA_LIMIT)
-        if not before:
+            return whole_layer(_part(layer, 0, start, end))
+        seen = _Seen.of(layer, start, end, sinks)
+        selector = self._trained.to(layer.keys.device)
+        scores = selector.scores(layer.layer_idx, seen.keys, seen.part.values, seen.attention, self.recall_weight)
+        indices = top_tokens(scores, seen.before + slots, first=sinks)
+        block = fit_slots(
+            seen.part, seen.queries, seen.outputs, seen.lse, indices, self.mass_ridge, self.value_ridge, BETA_LIMIT
+        )
+        if not seen.before:
             return block
-        beta = None if block.beta is None else block.beta[:, :, before:]
-        return CompactBlock(block.keys[:, :, before:], block.values[:, :, before:], beta)
+        beta = None if block.beta is None else block.beta[:, :, seen.before :]
+        return CompactBlock(block.keys[:, :, seen.before :], block.values[:, :, seen.before :], beta)
 
     def _compact_chunk(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
         keys, values = layer.keys[:, :, start:end], layer.values[:, :, start:end]
@@ -238,6 +230,55 @@ class Still(Method):
                 self._untrained[config] = init_still_parameters(config, torch.Generator().manual_seed(0))
             params = {name: p.to(keys.device) for name, p in self._untrained[config].items()}
         return CompactBlock(*still_compaction(keys, values, params, config, layer.rope, layer.positions[start:end]))
+
+
+@torch.no_grad()
+def expected_recall(layer: LayerInput, selector: TokenSelector, sinks: int = 4) -> Tensor:
+    """The attention that questions are expected to give each token, fp32 ``[B, Hkv, T]``; the text goes through in the
+    chunks that :class:`Still` takes, with the ``sinks`` first tokens before each."""
+    found, start = [], 0
+    for end in _ends(layer.num_tokens, round(layer.num_tokens / _CHUNK)):
+        seen = _Seen.of(layer, start, end, leading_sinks(layer, sinks))
+        _, recall = selector(layer.layer_idx, *token_features(seen.keys, seen.part.values, seen.attention))
+        found.append(recall[:, :, seen.before :].exp())
+        start = end
+    return torch.cat(found, 2)
+
+
+def _ends(num_tokens: int, count: int) -> list[int]:
+    """Ends of ``count`` near-equal chunks, at least one."""
+    count = max(1, count)
+    return [num_tokens * (i + 1) // count for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Tokens of a layer as seen from behind the whole context, for that is where queries will come from. The context's sinks
+    stand before a later chunk meanwhile: without them its queries would spread over the chunk what they really give to the
+    sinks.
+
+    Attributes:
+        part: ``before`` sinks, and the tokens.
+        queries, outputs, lse, attention: reference queries, and what ``reference.matching.full_attention`` makes of them.
+        keys: of the part, un-rotated.
+    """
+
+    part: LayerInput
+    before: int
+    queries: Tensor
+    outputs: Tensor
+    lse: Tensor
+    attention: Tensor
+    keys: Tensor
+
+    @classmethod
+    def of(cls, layer: LayerInput, start: int, end: int, sinks: int) -> "_Seen":
+        before = min(sinks, start)
+        part = _part(layer, before, start, end)
+        queries = queries_from_behind(part, MAX_QUERIES, int(layer.positions[-1]) + 1)
+        outputs, lse, attention = matching.full_attention(queries, part.keys, part.values, part.scale)
+        keys = part.rope.unrotate(part.keys, part.positions)
+        return cls(part, before, queries, outputs, lse, attention, keys)
 
 
 def _part(layer: LayerInput, before: int, start: int, end: int) -> LayerInput:

@@ -25,6 +25,7 @@ from ..methods import Method, get_method
 from ..methods.cartridge import Cartridge
 from ..model_spec import ModelSpec
 from ..prompt import document_ids, prompt_format
+from ..token_selector import TokenSelector
 from .common import frozen
 from .distill import RESTS, Targets, distillation_loss, hidden_states
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, stable_number, train
@@ -44,7 +45,8 @@ class CartridgeConfig:
         slots: per KV head and layer.
         init: method whose slots training starts from, with its options as in ``attention_matching:queries=repeat``.
             "cartridge": the text's first tokens, of which nothing else is read. "self_study": the tokens that the answers of
-            the conversations look at (:func:`.study_start.study_start`). "cartridge:file=F": the slots of a file, to train
+            the conversations look at (:func:`.study_start.study_start`); "self_study:weights=F" leaves the choice to the
+            selector of that file. "cartridge:file=F": the slots of a file, to train
             them further. All but the first read the whole text, which must fit into the model's positions and, once, into
             memory.
         sinks: leading slots that stay as they are (the attention sink).
@@ -84,11 +86,22 @@ class CartridgeConfig:
 
         Raises:
             ValueError, TypeError: there is none of that name, or it refuses an option.
+            FileNotFoundError: a file that an option names.
         """
-        if self.init == SELF_STUDY:
-            return None
         name, options = parse_spec(self.init)
-        return get_method(name, **options)
+        if name != SELF_STUDY:
+            return get_method(name, **options)
+        self.selector()
+        return None
+
+    def selector(self, spec: ModelSpec | None = None) -> TokenSelector | None:
+        """The one that "self_study:weights=F" names; ValueError if it is damaged, or for another model."""
+        name, options = parse_spec(self.init)
+        if name != SELF_STUDY or not options:
+            return None
+        if options.keys() != {"weights"}:
+            raise ValueError(f"init {SELF_STUDY!r} has one option, weights; got {', '.join(options)}")
+        return TokenSelector.load(str(options["weights"]), spec)
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,7 @@ def train_cartridge(
     config, study, loop = config or CartridgeConfig(), study or SelfStudyConfig(), loop or default_loop()
     spec = model_spec(model)
     check_compactable(spec)
+    config.selector(spec)
     out = Path(out)
     single = isinstance(documents, str) or len(documents) == 1
     texts = {"document": documents} if isinstance(documents, str) else dict(documents)
@@ -468,7 +482,8 @@ def _start(model: Any, spec: ModelSpec, ids: list[int], data: Conversations, con
     """The untrained cartridge."""
     method, device = config.method(), model.device
     if method is None:
-        cache = study_start(model, spec, ids, [data[i] for i in data.train], config.slots, max(4, config.sinks))
+        talks, sinks = [data[i] for i in data.train], max(4, config.sinks)
+        cache = study_start(model, spec, ids, talks, config.slots, sinks, config.selector(spec))
     elif config.init == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
         context = torch.tensor([ids[: config.slots]], device=device)
         cache = model.compact(context, method="full", ratio=1)

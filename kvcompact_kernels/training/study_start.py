@@ -4,7 +4,8 @@
 Which of a text's tokens will be needed is not to be seen from the text's own attention, but the conversations of
 :mod:`.self_study` ask for its facts: the tokens that their answers are read from are kept, with keys as they are, and biases
 and values fitted to the answers' queries as in Attention Matching (arXiv 2602.16284, which also takes its reference queries
-from self-study).
+from self-study). A small model asks poor questions; where there is a selector for it, which has learned what questions look
+at, its choice is taken, and the conversations are for the fit.
 """
 
 import random
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
-from ..methods import LayerInput
+from ..methods import LayerInput, Method, get_method
 from ..methods.attention_matching import BETA_LIMIT, fit_slots
+from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
 from ..reference import matching
 from ..reference.selection import top_tokens
+from ..token_selector import TokenSelector
 from .attention import Recorder, received_attention
 from .self_study import RECALL, Conversation
 
@@ -34,13 +37,19 @@ MASS_RIDGE, VALUE_RIDGE = 0.1, 1.0
 
 @torch.no_grad()
 def study_start(
-    model: Any, spec: ModelSpec, ids: Sequence[int], conversations: Sequence[Conversation], slots: int, sinks: int = 4
+    model: Any,
+    spec: ModelSpec,
+    ids: Sequence[int],
+    conversations: Sequence[Conversation],
+    slots: int,
+    sinks: int = 4,
+    selector: TokenSelector | None = None,
 ) -> CompactCache:
     """Slots for the tokens that answers look at.
 
     The model reads the text, then each conversation behind it. A token's score, for a layer and KV head, is the sum over
     conversations of the most attention that a query of the answer gives it: a token that one answer hangs on counts as much
-    as one that a hundred queries glance at.
+    as one that a hundred queries glance at. Or, with a selector, what that expects of questions.
 
     Args:
         model: patched and frozen.
@@ -48,10 +57,12 @@ def study_start(
         conversations: on it, at least one; passages to continue count only where there is nothing else.
         slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``.
         sinks: first tokens that are kept in any case.
+        selector: chooses the tokens.
     """
     # a passage that is continued looks at all of its tokens alike, and ranks none before another
     conversations = [c for c in conversations if c.kind != RECALL] or list(conversations)
-    full = model.compact(torch.tensor([list(ids)], device=model.device), method="full", ratio=1)
+    reader = get_method("full") if selector is None else _Expectation(selector.to(model.device), sinks)
+    full = model.compact(torch.tensor([list(ids)], device=model.device), method=reader, ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}
     wanted = _positions(conversations)
@@ -69,10 +80,10 @@ def study_start(
         begins = [len(conversations[i].prompt) - 1 for i in rows]
         for i in kept:
             seen, keys = session.queries[i], full.layers[i].keys
-            most, _ = received_attention(
-                seen, session.tail_keys[i], keys, [len(x) for x in tokens], spec.scales[i], begins
-            )
-            scores[i] += most.sum(0, keepdim=True)
+            if selector is None:
+                lengths = [len(x) for x in tokens]
+                most, _ = received_attention(seen, session.tail_keys[i], keys, lengths, spec.scales[i], begins)
+                scores[i] += most.sum(0, keepdim=True)
             if i not in queries:
                 queries[i] = seen.new_empty(seen.shape[1], total, seen.shape[3])
             end = filled
@@ -80,6 +91,8 @@ def study_start(
                 start, end = end, end + len(wanted[number])
                 queries[i][:, start:end] = seen[row, :, [begin + place for place in wanted[number]]]
         filled = end
+    if selector is not None:
+        scores = dict(zip(kept, reader.scores))
     layers = list(full.layers)
     for number, i in enumerate(kept):
         block = full.layers[i]
@@ -99,6 +112,21 @@ def study_start(
         made = fit_slots(layer, asked, outputs, lse, indices, MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT)
         layers[i] = CompactBlock(made.keys, made.values, made.beta)
     return replace(full, layers=tuple(layers))
+
+
+class _Expectation(Method):
+    """Keeps every token, and notes what a selector expects of questions."""
+
+    name, summary, source = "expectation", "notes what passes", "none"
+    queries_needed = -1
+
+    def __init__(self, selector: TokenSelector, sinks: int):
+        self.selector, self.sinks = selector, sinks
+        self.scores: list[Tensor] = []
+
+    def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
+        self.scores.append(expected_recall(layer, self.selector, self.sinks))
+        return CompactBlock(layer.keys.clone(), layer.values.clone())
 
 
 def _positions(conversations: Sequence[Conversation]) -> list[list[int]]:

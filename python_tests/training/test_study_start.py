@@ -7,11 +7,12 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from kvcompact_kernels.cache import WindowBlock
-from kvcompact_kernels.methods import LayerInput
-from kvcompact_kernels.methods.attention_matching import BETA_LIMIT, fit_slots
+from kvcompact_kernels.cache import CompactBlock, WindowBlock
+from kvcompact_kernels.methods import LayerInput, Method
+from kvcompact_kernels.methods.attention_matching import BETA_LIMIT, fit_slots, queries_from_behind
 from kvcompact_kernels.patch import model_spec
 from kvcompact_kernels.reference import matching
+from kvcompact_kernels.token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
 from kvcompact_kernels.training.attention import Recorder
 from kvcompact_kernels.training.common import frozen
 from kvcompact_kernels.training.distill import Targets
@@ -132,3 +133,48 @@ def test_sliding_layers_keep_their_window():
 def test_few_slots(slots):
     model = tiny_model("llama", torch.float32, max_position_embeddings=128)
     assert started(model, TALKS, slots).num_slots == slots
+
+
+@torch.no_grad()
+def test_a_selector_chooses_and_the_answers_fit():
+    """Tokens by what the selector expects of questions, from the definition; biases and values as for these tokens anyway."""
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    spec = model_spec(model)
+    config = SelectorConfig(spec.head_dim, spec.num_kv_heads, hidden=8, kernel=3)
+    selector = TokenSelector(config, spec.num_layers, spec.fingerprint, generator=torch.Generator().manual_seed(1))
+    for layer in selector.layers:
+        layer["out_weight"].normal_(generator=torch.Generator().manual_seed(2))
+    cache = started(model, TALKS, 9, sinks=2, selector=selector)
+    own = started(model, TALKS, 9, sinks=2)
+    with frozen(model):
+        full = model.compact(torch.tensor([TEXT]), method="full", ratio=1)
+        seen = {}
+        model.compact(torch.tensor([TEXT]), method=Looks(seen, selector), ratio=1)
+    chosen = []
+    for number, block in enumerate(cache.layers):
+        scores = seen[number].clone()
+        scores[:, :, :2] = math.inf
+        for head in range(block.num_kv_heads):
+            wanted = scores[0, head].topk(9).indices.sort().values
+            torch.testing.assert_close(block.keys[0, head], full.layers[number].keys[0, head, wanted])
+            chosen.append(torch.equal(block.keys[0, head], own.layers[number].keys[0, head]))
+        assert block.beta.abs().max() > 1e-3 and not torch.equal(
+            block.values[0, 0, 2:], full.layers[number].values[0, 0, 2:9]
+        )
+    assert not all(chosen)
+
+
+class Looks(Method):
+    name, summary, source = "looks", "for a test", "none"
+    queries_needed = -1
+
+    def __init__(self, seen, selector):
+        self.seen, self.selector = seen, selector
+
+    def compact_layer(self, layer, slots):
+        queries = queries_from_behind(layer, MAX_QUERIES)
+        _, _, attention = matching.full_attention(queries, layer.keys, layer.values, layer.scale)
+        keys = layer.rope.unrotate(layer.keys, layer.positions)
+        _, recall = self.selector(layer.layer_idx, *token_features(keys, layer.values, attention))
+        self.seen[layer.layer_idx] = recall
+        return CompactBlock(layer.keys.clone(), layer.values.clone())

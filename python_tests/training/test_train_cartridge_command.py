@@ -36,6 +36,11 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
     for extra, code, words in [
         (["--slots", "4000"], 1, "fewer than the 4000 slots"),
         (["--init", "magic"], 2, "method must be one of"),
+        (["--init", "cartridge:file=nowhere.kvc"], 2, "there is no file nowhere.kvc"),
+        (["--init", "self_study:weights=nowhere"], 2, "there is no file nowhere"),
+        (["--init", "self_study:weight=x"], 2, "init 'self_study' has one option, weights; got weight"),
+        (["--kinds", "question,riddle"], 2, "kinds must be some of 'structuring'"),
+        (["--short-answers", "2"], 2, "short_answers must be in [0, 1.0], got 2.0"),
         (["--distractors", "0.5"], 1, "one document alone has none"),
         (["--memory-gb", "-1"], 2, "--memory-gb"),
     ]:
