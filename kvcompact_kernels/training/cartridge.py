@@ -46,9 +46,8 @@ class CartridgeConfig:
         init: method whose slots training starts from, with its options as in ``attention_matching:queries=repeat``.
             "cartridge": the text's first tokens, of which nothing else is read. "self_study": the tokens that the answers of
             the conversations look at (:func:`.study_start.study_start`); "self_study:weights=F" leaves the choice to the
-            selector of that file. "cartridge:file=F": the slots of a file, to train
-            them further. All but the first read the whole text, which must fit into the model's positions and, once, into
-            memory.
+            selector of that file. "cartridge:file=F": the slots of a file, to train them further. All but the first read the
+            whole text, which must fit into the model's positions and, once, into memory.
         sinks: leading slots that stay as they are (the attention sink).
         train_beta: also train a bias per slot.
         tokens: of requests and answers in one batch; conversations of similar length share one, and the padding counts.
