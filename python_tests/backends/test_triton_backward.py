@@ -53,6 +53,7 @@ def test_dtypes(device, dtype):
     check_backward(backend.forward, backend.backward, args)
 
 
+@draws(3)
 def test_gradients_are_written_in_full(device, monkeypatch):
     real = torch.empty
 
@@ -60,7 +61,7 @@ def test_gradients_are_written_in_full(device, monkeypatch):
         x = real(*shape, **kwargs)
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    args = make_inputs(device, blocks=((None, [17, 0, 1, 40]), (1, 9)), tail=11, mask=True, query_len=4)
+    args = make_inputs(device, blocks=((None, [17, 0, 1, 40]), (1, 33)), tail=11, mask=True, query_len=4)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     check_backward(backend.forward, lambda *a: backend.backward(*a, config=TILES), args)
 
