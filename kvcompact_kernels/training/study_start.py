@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
-from ..methods import LayerInput, Method, get_method
+from ..methods import LayerInput
 from ..methods.attention_matching import BETA_LIMIT, fit_slots
+from ..methods.full import Full
 from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
@@ -61,7 +62,7 @@ def study_start(
     """
     # a passage that is continued looks at all of its tokens alike, and ranks none before another
     conversations = [c for c in conversations if c.kind != RECALL] or list(conversations)
-    reader = get_method("full") if selector is None else _Expectation(selector.to(model.device), sinks)
+    reader = Full() if selector is None else _Expectation(selector.to(model.device), sinks)
     full = model.compact(torch.tensor([list(ids)], device=model.device), method=reader, ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     scores = {i: torch.zeros(full.layers[i].keys.shape[:3], device=model.device) for i in kept}
@@ -114,10 +115,9 @@ def study_start(
     return replace(full, layers=tuple(layers))
 
 
-class _Expectation(Method):
+class _Expectation(Full):
     """Keeps every token, and notes what a selector expects of questions."""
 
-    name, summary, source = "expectation", "notes what passes", "none"
     queries_needed = -1
 
     def __init__(self, selector: TokenSelector, sinks: int):
@@ -126,7 +126,7 @@ class _Expectation(Method):
 
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
         self.scores.append(expected_recall(layer, self.selector, self.sinks))
-        return CompactBlock(layer.keys.clone(), layer.values.clone())
+        return super().compact_layer(layer, slots)
 
 
 def _positions(conversations: Sequence[Conversation]) -> list[list[int]]:
