@@ -199,18 +199,19 @@ def _rope_entry(parameters: dict[str, Any], config: Any) -> dict[str, Any]:
 
 def _weight_digest(base: nn.Module) -> str:
     """Hash of a sample of the weights, rounded to bf16 so that fp32 and bf16 loads of one model agree."""
-    digest = hashlib.sha256()
     first, last = base.layers[0].self_attn, base.layers[-1].self_attn
     weights = [base.embed_tokens.weight, base.norm.weight]
     weights += [
         module.weight for part in (first, last) for module in (part.q_proj, part.k_proj, part.v_proj, part.o_proj)
     ]
+    samples = []
     for weight in weights:
         if weight.device.type == "meta":
             raise ValueError("the model's weights are on the meta device: load them first")
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 512)][:512]
         if sample.is_floating_point():
-            sample = sample.to(torch.bfloat16).view(torch.int16)
-        digest.update(sample.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+            sample = sample.to(torch.bfloat16)
+        samples.append(sample.contiguous().view(torch.uint8).to(weights[0].device))
+    # one copy from the device, for this runs before the first token of every request
+    return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:32]
