@@ -84,6 +84,12 @@ class CompactBlock:
         offsets = torch.tensor([0, *counts], device=keys.device).cumsum(0)
         return cls(keys, values, beta, offsets, num_kv_heads)
 
+    @classmethod
+    def join_heads(cls, blocks: Sequence["CompactBlock"]) -> "CompactBlock":
+        """One block from blocks of one KV head each, in order; packed where their numbers of slots differ."""
+        rows = [block.heads() for block in blocks]
+        return cls.pack([[row[b][0] for row in rows] for b in range(blocks[0].batch_size)])
+
     @property
     def batch_size(self) -> int:
         return self.keys.shape[0] if self.offsets is None else (self.offsets.numel() - 1) // self.num_kv_heads

@@ -64,13 +64,21 @@ class SelectorConfig(ReaderConfig):
         trust: in [0, 1]: how far the continuation's attention is the network's answer, and not that of the context's own
             queries (a geometric mean of both, scaled alike): less than 1 is safer on texts unlike those of the training.
         recall_weight: weight of the attention that questions are expected to give, beside 1 for the continuation's.
+        shares: ``[layers][Hkv]``, how many slots each KV head gets, relative to the others; None gives all the same.
     """
 
     trust: float = 0.5
     recall_weight: float = 1.0
+    shares: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shares is not None:
+            object.__setattr__(self, "shares", tuple(tuple(row) for row in self.shares))
+            if any(len(row) != self.num_kv_heads for row in self.shares):
+                raise ValueError(f"shares must have a number for each of the {self.num_kv_heads} KV heads of a layer")
+            if not all(0 < share < math.inf for row in self.shares for share in row):
+                raise ValueError("shares must be finite and above 0")
         for name in ("trust", "recall_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -193,6 +201,11 @@ class TokenSelector(TokenReader):
     config_type = SelectorConfig
     shapes = staticmethod(_shapes)
     start = staticmethod(_start)
+
+    def __init__(self, config: SelectorConfig, num_layers: int, *args: Any, **kwargs: Any):
+        if config.shares is not None and len(config.shares) != num_layers:
+            raise ValueError(f"shares must have a row for each of the {num_layers} layers, got {len(config.shares)}")
+        super().__init__(config, num_layers, *args, **kwargs)
 
     def forward(self, layer_idx: int, features: Tensor, log_attention: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of the attention that each token is expected to get in compacted layer ``layer_idx``.

@@ -135,11 +135,15 @@ def test_bad_files(tmp_path):
         ({"trust": 1.5}, ValueError, r"trust must be in \[0, 1\]"),
         ({"recall_weight": 0.0}, ValueError, "recall_weight must be finite and above 0"),
         ({"recall_weight": "1"}, TypeError, "recall_weight must be a number"),
+        ({"shares": ((1.0,),)}, ValueError, "shares must have a number for each of the 2 KV heads"),
+        ({"shares": ((1.0, 0.0),)}, ValueError, "shares must be finite and above 0"),
+        ({"shares": ((1.0, float("nan")),)}, ValueError, "shares must be finite and above 0"),
+        ({"shares": ((1.0, 2.0),)}, ValueError, "shares must have a row for each of the 3 layers, got 1"),
     ],
 )
 def test_bad_config(fields, error, message):
     with pytest.raises(error, match=message):
-        SelectorConfig(DIM, HEADS, **fields)
+        TokenSelector(SelectorConfig(DIM, HEADS, **fields), LAYERS, {})
 
 
 @pytest.fixture
@@ -228,6 +232,68 @@ def test_long_contexts_are_chunked_unless_chunks_get_few_slots(weights):
     assert torch.equal(default.keys, chunked.keys) and torch.equal(default.beta, chunked.beta)
     once = get_method("still", weights=weights, chunk=2100).compact_layer(layer, 64)
     assert not torch.equal(default.keys, once.keys)
+
+
+SHARES = ((1.0, 1.0), (3.0, 1.0), (0.2, 0.6))
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A selector's file that says how slots are shared."""
+    make_selector(shares=SHARES).save(tmp_path / "shares.safetensors")
+    return str(tmp_path / "shares.safetensors")
+
+
+def test_heads_get_their_shares_of_the_slots(shared, weights):
+    method = get_method("still", weights=shared)
+    budgets = method.budgets(10, 60, LAYERS)
+    assert budgets == [8, 17, 5]  # of 30 by 2 : 4 : 0.8, and five at least
+    assert method.budgets(50, 60, LAYERS) == [60, 60, 30]
+    layer = make_layer(start=0)
+    block = method.compact_layer(layer, 16)
+    assert block.slot_counts.tolist() == [[24, 8]] * 2 and block.offsets is not None
+    # each head has what it would have if all had so many
+    equal = get_method("still", weights=shared, shares="equal")
+    for head, count in enumerate((24, 8)):
+        alone = equal.compact_layer(layer, count)
+        for b in range(2):
+            for got, wanted in zip(block.heads()[b][head], alone.heads()[b][head]):
+                torch.testing.assert_close(got, wanted)
+    assert equal.budgets(10, 60, LAYERS) == [10] * LAYERS
+    # a file that says nothing gives all the same
+    plain = get_method("still", weights=weights)
+    assert plain.budgets(10, 60, LAYERS) == [10] * LAYERS and plain.compact_layer(layer, 16).offsets is None
+
+
+def test_layers_get_their_shares_and_blocks_stay_rectangular(shared):
+    method = get_method("still", weights=shared, shares="layers")
+    assert method.budgets(10, 60, LAYERS) == [8, 17, 5]
+    block = method.compact_layer(make_layer(), 16)
+    assert block.offsets is None and block.num_slots == 16
+
+
+def test_a_head_that_keeps_all_its_tokens_keeps_them_as_they_are(shared):
+    layer = make_layer(40, batch=1)
+    block = get_method("still", weights=shared).compact_layer(layer, 28)
+    assert block.slot_counts.tolist() == [[40, 16]]
+    keys, values, beta = block.heads()[0][0]
+    assert torch.equal(keys, layer.keys[0, 0]) and torch.equal(values, layer.values[0, 0]) and not beta.any()
+
+
+@pytest.mark.parametrize("slots", [5, 17, 43])
+def test_shares_hold_in_every_chunk(shared, slots):
+    method = get_method("still", weights=shared, chunk=20)
+    budgets = method.budgets(max(slots, 15), 60, LAYERS)
+    assert sum(budgets) == max(slots, 15) * LAYERS and min(budgets) >= 15  # five for each of three chunks
+    block = method.compact_layer(make_layer(60), max(slots, 15))
+    assert (block.slot_counts.sum(1) == max(slots, 15) * HEADS).all() and int(block.slot_counts.min()) >= 5
+    once = get_method("still", weights=shared, chunk=60).compact_layer(make_layer(60), slots)
+    assert (once.slot_counts.sum(1) == slots * HEADS).all() and int(once.slot_counts.min()) >= 5
+
+
+def test_shares_are_refused_by_name(shared):
+    with pytest.raises(ValueError, match="shares must be"):
+        get_method("still", weights=shared, shares="rows")
 
 
 def test_all_tokens_stay_when_all_fit(weights):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``attention_matching``: kept keys, fitted biases and values."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,3 +133,42 @@ def fit_slots(
     beta = matching.match_mass(*matching.mass_equations(queries, keys, lse, layer.scale), mass_ridge, beta_limit)
     gram, rhs = matching.value_equations(queries, keys, beta, outputs, layer.scale)
     return CompactBlock(keys, matching.match_values(gram, rhs, values, value_ridge), beta)
+
+
+def fit_best(
+    layer: LayerInput,
+    queries: Tensor,
+    outputs: Tensor,
+    lse: Tensor,
+    scores: Tensor,
+    counts: Sequence[int],
+    mass_ridge: float,
+    value_ridge: float,
+    first: int = 0,
+    before: int = 0,
+) -> CompactBlock:
+    """:func:`fit_slots` of the tokens with the best scores, as many as each KV head is to keep.
+
+    A head that keeps all of its tokens keeps them as they are.
+
+    Args:
+        scores: ``[B, Hkv, T]``.
+        counts: slots of each KV head.
+        first: tokens that are kept in any case.
+        before: leading tokens that are there for the fit alone: they are neither counted nor returned.
+    """
+
+    def some(heads: slice, count: int) -> CompactBlock:
+        keys, values = layer.keys[:, heads], layer.values[:, heads]
+        if count == layer.num_tokens - before:
+            return CompactBlock(keys[:, :, before:].clone(), values[:, :, before:].clone())
+        part = replace(layer, keys=keys, values=values, queries=None)
+        indices = top_tokens(scores[:, heads], before + count, first=first)
+        block = fit_slots(
+            part, queries[:, heads], outputs[:, heads], lse[:, heads], indices, mass_ridge, value_ridge, BETA_LIMIT
+        )
+        return CompactBlock(*(x[:, :, before:] for x in (block.keys, block.values, block.beta)))
+
+    if len(set(counts)) == 1:
+        return some(slice(None), counts[0])
+    return CompactBlock.join_heads([some(slice(h, h + 1), count) for h, count in enumerate(counts)])

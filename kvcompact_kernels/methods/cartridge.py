@@ -42,13 +42,16 @@ class CartridgeInit(SelectionMethod):
             if not isinstance(self.file, (str, os.PathLike)):
                 raise TypeError(f"file must be a path, got {type(self.file).__name__}")
             cache = CompactCache.load(self.file)
-            if any(block.offsets is not None or block.batch_size != 1 for block in cache.compact_layers):
-                raise ValueError(f"{self.file} must hold one context with as many slots in each KV head")
+            if cache.batch_size != 1:
+                raise ValueError(f"{self.file} must hold one context, got {cache.batch_size}")
             self._trained = cache
 
     @property
     def min_slots(self) -> int:
-        return 1 if self._trained is None else max(self._trained.slots_per_layer)
+        if self._trained is None:
+            return 1
+        counts = torch.cat([block.slot_counts.flatten() for block in self._trained.compact_layers])
+        return -(-int(counts.sum()) // counts.numel())
 
     @property
     def whole_context_only(self) -> str | None:
@@ -83,8 +86,8 @@ class Cartridge(nn.Module):
     does better without moving it. Sliding-window layers stay as they are.
 
     Args:
-        cache: rectangular blocks, batch size 1.
-        sinks: leading slots that are not trained, fewer than any layer has.
+        cache: batch size 1; heads may hold unequal numbers of slots.
+        sinks: leading slots of each KV head that are not trained, fewer than any head has.
         train_beta: also train a bias per slot (from 0, or from the cache's own); otherwise a bias of the cache stays fixed.
         logical_length: position of the first token after the cartridge, if not the cache's own: the number of slots makes
             a cartridge that stands right before the question.
@@ -118,10 +121,9 @@ class Cartridge(nn.Module):
             raise ValueError("cache must have at least one compacted layer")
         for i, block in enumerate(cache.layers):
             if isinstance(block, CompactBlock):
-                if block.offsets is not None:
-                    raise ValueError(f"cache must hold as many slots in each KV head, but layer {i} does not")
-                if sinks >= block.num_slots:
-                    raise ValueError(f"sinks must be less than the {block.num_slots} slots of layer {i}, got {sinks}")
+                least = int(block.slot_counts.min())
+                if sinks >= least:
+                    raise ValueError(f"sinks must be less than the {least} slots of layer {i}, got {sinks}")
         self.sinks, self.train_beta = sinks, bool(train_beta)
         self.logical_length = cache.logical_length if logical_length is None else logical_length
         self.fingerprint, self.ropes, self.info = cache.fingerprint, cache.ropes, dict(cache.info)
@@ -129,21 +131,26 @@ class Cartridge(nn.Module):
         self.keys, self.values, self.beta = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         for i, block in enumerate(cache.layers):
             keys, values = (x.detach().to(dtype, copy=True) for x in (block.keys, block.values))
-            self.register_buffer(f"fixed_keys_{i}", keys if self.kinds[i] == "sliding" else keys[:, :, :sinks].clone())
-            self.register_buffer(
-                f"fixed_values_{i}", values if self.kinds[i] == "sliding" else values[:, :, :sinks].clone()
-            )
             if self.kinds[i] == "sliding":
+                self.register_buffer(f"fixed_keys_{i}", keys)
+                self.register_buffer(f"fixed_values_{i}", values)
                 continue
-            self.keys.append(keys[:, :, sinks:].clone())
-            self.values.append(values[:, :, sinks:].clone())
+            offsets = block.offsets
+            self.register_buffer(f"offsets_{i}", offsets)
+            self.register_buffer(f"order_{i}", None if offsets is None else _sinks_first(offsets, sinks).argsort())
+            (fixed_keys, keys), (fixed_values, values) = (_parted(x, offsets, sinks) for x in (keys, values))
+            self.register_buffer(f"fixed_keys_{i}", fixed_keys)
+            self.register_buffer(f"fixed_values_{i}", fixed_values)
+            self.keys.append(keys)
+            self.values.append(values)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             beta = None if block.beta is None else block.beta.detach().to(wide, copy=True)
             if beta is None and train_beta:
-                beta = keys.new_zeros(keys.shape[:3], dtype=wide)
-            self.register_buffer(f"fixed_beta_{i}", beta[:, :, :sinks].clone() if train_beta else beta)
+                beta = block.keys.new_zeros(block.keys.shape[:-1], dtype=wide)
             if train_beta:
-                self.beta.append(beta[:, :, sinks:].clone())
+                beta, trained = _parted(beta, offsets, sinks)
+                self.beta.append(trained)
+            self.register_buffer(f"fixed_beta_{i}", beta)
 
     @classmethod
     def from_cache(cls, cache: CompactCache, **options: Any) -> "Cartridge":
@@ -162,13 +169,12 @@ class Cartridge(nn.Module):
             if kind == "sliding":
                 layers.append(WindowBlock(keys, values).to(dtype=dtype))
                 continue
-            beta = getattr(self, f"fixed_beta_{i}")
+            beta, offsets, order = (getattr(self, f"{name}_{i}") for name in ("fixed_beta", "offsets", "order"))
             if self.train_beta:
-                beta = torch.cat([beta, self.beta[trained]], 2)
-            block = CompactBlock(
-                torch.cat([keys, self.keys[trained]], 2), torch.cat([values, self.values[trained]], 2), beta
-            )
-            layers.append(block.to(dtype=dtype))
+                beta = _joined(beta, self.beta[trained], order)
+            keys, values = _joined(keys, self.keys[trained], order), _joined(values, self.values[trained], order)
+            heads = 0 if offsets is None else offsets.numel() - 1
+            layers.append(CompactBlock(keys, values, beta, offsets, heads).to(dtype=dtype))
             trained += 1
         info = {**self.info, "cartridge": {"sinks": self.sinks, "train_beta": self.train_beta}}
         ropes = {kind: replace(r, inv_freq=r.inv_freq.to(layers[0].keys.device)) for kind, r in self.ropes.items()}
@@ -201,3 +207,26 @@ class Cartridge(nn.Module):
             check_fingerprint(cache, model, f"{path}", check_weights=check_weights)
             cache = cache.to(next(model.parameters()).device)
         return cls(cache, dtype=cache.dtype, **options)
+
+
+def _sinks_first(offsets: Tensor, sinks: int) -> Tensor:
+    """Rows of a packed block: the first ``sinks`` of each KV head, then all others."""
+    starts = offsets[:-1]
+    first = (starts[:, None] + torch.arange(sinks, device=offsets.device)).flatten()
+    others = torch.ones(int(offsets[-1]), dtype=torch.bool, device=offsets.device)
+    others[first] = False
+    return torch.cat([first, others.nonzero()[:, 0]])
+
+
+def _parted(x: Tensor, offsets: Tensor | None, sinks: int) -> tuple[Tensor, Tensor]:
+    """The rows of the sinks and the others, each in memory of its own; ``x`` is ``[1, Hkv, t, ...]`` or packed."""
+    if offsets is None:
+        return x[:, :, :sinks].clone(), x[:, :, sinks:].clone()
+    rows = _sinks_first(offsets, sinks)
+    first = (offsets.numel() - 1) * sinks
+    return x[rows[:first]], x[rows[first:]]
+
+
+def _joined(fixed: Tensor, trained: Tensor, order: Tensor | None) -> Tensor:
+    """The inverse of :func:`_parted`; ``order`` is where each packed row is found in the two."""
+    return torch.cat([fixed, trained], 2) if order is None else torch.cat([fixed, trained])[order]

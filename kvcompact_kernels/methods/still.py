@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_int
+from .._checks import check_choice, check_int
 from ..cache import CompactBlock, safetensors_formats
 from ..layer_networks import LayerNetworks
 from ..model_spec import ModelSpec
 from ..ops.still_compaction import still_compaction
 from ..reference import matching
-from ..reference.selection import top_tokens
+from ..reference.selection import proportional_counts
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
 from ..token_selector import MAX_QUERIES, TokenSelector, token_features
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
-from .attention_matching import BETA_LIMIT, fit_slots, queries_from_behind
+from .attention_matching import fit_best, queries_from_behind
 from .base import LayerInput, Method, register_method
 
 IDENTITY = "identity"
@@ -81,6 +81,9 @@ class Still(Method):
         recall_weight: with a selector: how much the attention that questions are expected to give counts beside that of the
             text's continuation. More keeps more facts, less stays closer to the full cache's predictions of plain text. None
             takes the file's.
+        shares: with a selector: how the slots are shared. "heads": each KV head gets what it was measured to need
+            (``SelectorConfig.shares``), "layers": each layer does, and its heads get equal numbers, so that blocks stay
+            rectangular; "equal": all get the same, as they do where the file says nothing. The number of all slots is equal.
         sinks: with a selector: first tokens of the context that are kept in any case.
         mass_ridge, value_ridge: with a selector: as for ``attention_matching``. Larger here: what a question will look at
             gets little attention while the context is read, and its values should stay as they are.
@@ -95,6 +98,7 @@ class Still(Method):
     config: dict[str, Any] = field(default_factory=dict)
     check_weights: bool = True
     recall_weight: float | None = None
+    shares: str = "heads"
     sinks: int = 4
     mass_ridge: float = 1e-2
     value_ridge: float = 2e-2
@@ -108,6 +112,7 @@ class Still(Method):
             raise TypeError(f"check_weights must be a bool, got {type(self.check_weights).__name__}")
         if self.recall_weight is not None:
             self.recall_weight = check_share("recall_weight", self.recall_weight, minimum=1e-6)
+        check_choice("shares", self.shares, ("heads", "layers", "equal"))
         check_int("sinks", self.sinks, minimum=0)
         self.mass_ridge = check_share("mass_ridge", self.mass_ridge, minimum=1e-8)
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
@@ -168,7 +173,11 @@ class Still(Method):
         return [num_tokens]
 
     def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
-        """The same for every layer; a trained Perceiver makes a fixed number of slots, and raises ValueError for another."""
+        """The same for every layer, but as ``shares`` says with a selector.
+
+        Raises:
+            ValueError: a trained Perceiver makes another number of slots.
+        """
         if isinstance(self._trained, StillCompactor):
             made = self._trained.config.slots * len(self._chunks(num_tokens, slots))
             if slots != made:
@@ -176,12 +185,22 @@ class Still(Method):
                     f"slots must be {made}, for weights {self.weights} make {self._trained.config.slots} slots"
                     f"{'' if self.chunk is None else ' of each chunk'}; got {slots} for {num_tokens} tokens"
                 )
-        return [slots] * num_layers
+        shares = self._shares()
+        if shares is None:
+            return [slots] * num_layers
+        chunks = 1 if self.chunk is None else len(self._chunks(num_tokens, slots))
+        least = min(slots, chunks * self.min_slots)
+        return proportional_counts(slots * num_layers, [sum(row) for row in shares], least, num_tokens)
+
+    def _shares(self) -> tuple[tuple[float, ...], ...] | None:
+        selects = isinstance(self._trained, TokenSelector) and self.shares != "equal"
+        return self._trained.config.shares if selects else None
 
     @torch.no_grad()
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
         check_layer(self, layer, slots)
-        self.budgets(slots, layer.num_tokens, 1)
+        if isinstance(self._trained, StillCompactor):
+            self.budgets(slots, layer.num_tokens, 1)
         blocks, start, used = [], 0, 0
         for end in self._chunks(layer.num_tokens, slots):
             share = slots * end // layer.num_tokens - used
@@ -205,14 +224,15 @@ class Still(Method):
         seen = _Seen.of(layer, start, end, sinks)
         selector = self._trained.to(layer.keys.device)
         scores = selector.scores(layer.layer_idx, seen.keys, seen.part.values, seen.attention, self.recall_weight)
-        indices = top_tokens(scores, seen.before + slots, first=sinks)
-        block = fit_slots(
-            seen.part, seen.queries, seen.outputs, seen.lse, indices, self.mass_ridge, self.value_ridge, BETA_LIMIT
-        )
-        if not seen.before:
-            return block
-        beta = None if block.beta is None else block.beta[:, :, seen.before :]
-        return CompactBlock(block.keys[:, :, seen.before :], block.values[:, :, seen.before :], beta)
+        shares, num_kv_heads = self._shares(), layer.keys.shape[1]
+        counts = [slots] * num_kv_heads
+        if shares is not None and self.shares == "heads":
+            least = min(slots, 1 if seen.before else sinks + 1)
+            counts = proportional_counts(slots * num_kv_heads, shares[layer.layer_idx], least, end - start)
+        return fit_best(
+            seen.part, seen.queries, seen.outputs, seen.lse, scores, counts, self.mass_ridge, self.value_ridge,
+            first=sinks, before=seen.before,
+        )  # fmt: skip
 
     def _compact_chunk(self, layer: LayerInput, start: int, end: int, slots: int) -> CompactBlock:
         keys, values = layer.keys[:, :, start:end], layer.values[:, :, start:end]

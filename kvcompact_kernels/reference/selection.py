@@ -7,6 +7,7 @@ keeps the same number of tokens. Of equal scores the earlier token wins.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -212,6 +213,41 @@ def share_budget(scores: Tensor, slots: int, floor: int, first: int = 0, last: i
     best = scores.reshape(batch, -1).sort(dim=-1, descending=True, stable=True).indices[:, : heads * slots]
     counts = torch.zeros(batch, heads, dtype=torch.int64, device=scores.device)
     return counts.scatter_add_(1, best // tokens, torch.ones_like(best)).cpu()
+
+
+def proportional_counts(total: int, weights: Sequence[float], minimum: int, maximum: int) -> list[int]:
+    """Whole numbers in ``[minimum, maximum]`` that add up to ``total`` and are otherwise proportional to ``weights``.
+
+    Raises:
+        ValueError: no such numbers exist, or a weight is not above 0.
+    """
+    count = len(weights)
+    if not 0 <= minimum * count <= total <= maximum * count:
+        raise ValueError(f"total must be in [{minimum * count}, {maximum * count}], got {total}")
+    if not all(0 < w < math.inf for w in weights):
+        raise ValueError(f"weights must be finite and above 0, got {list(weights)}")
+    # those that a bound holds leave the others more, or less, to share: at each round one more bound is known to hold
+    shares, free, left = [0.0] * count, set(range(count)), float(total)
+    while free:
+        scale = left / sum(weights[i] for i in free)
+        low = {i for i in free if weights[i] * scale < minimum}
+        high = {i for i in free if weights[i] * scale > maximum}
+        if not low and not high:
+            for i in free:
+                shares[i] = weights[i] * scale
+            break
+        missing = sum(minimum - weights[i] * scale for i in low) - sum(weights[i] * scale - maximum for i in high)
+        for i in low if missing >= 0 else high:
+            shares[i] = minimum if missing >= 0 else maximum
+            left -= shares[i]
+            free.discard(i)
+    counts = [min(maximum, max(minimum, int(x))) for x in shares]
+    # what rounding down left goes to those that lost most by it
+    for i in sorted(range(count), key=lambda i: counts[i] - shares[i]):
+        if sum(counts) == total:
+            break
+        counts[i] += counts[i] < maximum
+    return counts
 
 
 def expected_attention_scores(

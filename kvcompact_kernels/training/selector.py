@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_f
 from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
+from .head_shares import measure_shares
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
 from .questions import add_questions
 
@@ -53,6 +54,7 @@ class SelectorOptions:
         held_out: share of each document's end that is not trained on.
         sinks: first tokens of a context that are left out: they are kept in any case.
         batch: contexts of a step.
+        shares: contexts on which it is measured, after training, how many slots each KV head needs; 0 for equal numbers.
     """
 
     contexts: tuple[int, ...] = (256, 384, 512, 512, 768, 1024, 2048)
@@ -65,6 +67,7 @@ class SelectorOptions:
     held_out: float = 0.05
     sinks: int = 4
     batch: int = 2
+    shares: int = 8
 
     def __post_init__(self):
         object.__setattr__(self, "contexts", tuple(self.contexts))
@@ -74,7 +77,7 @@ class SelectorOptions:
             check_int("contexts", length, minimum=16)
         for name, least in (("examples", 1), ("held_out_examples", 0), ("facts", 1), ("continuation", 2), ("batch", 1)):
             check_int(name, getattr(self, name), minimum=least)
-        for name in ("questions", "sinks"):
+        for name in ("questions", "sinks", "shares"):
             check_int(name, getattr(self, name), minimum=0)
         for name, below in (("chat", False), ("held_out", True)):
             value = getattr(self, name)
@@ -197,6 +200,21 @@ def train_selector(
     )
     selector.info = training_note(run, loop, options, identity["data"], corpus, device)
     selector.save(out, torch.bfloat16)
+    if run.finished and options.shares:
+        with frozen(model):
+            shares = measure_shares(
+                model,
+                spec,
+                out,
+                corpus,
+                reader.recipe,
+                options.contexts,
+                options.shares,
+                seed=loop.seed,
+                progress=progress,
+            )
+        selector.config = replace(selector.config, shares=shares)
+        selector.save(out, torch.bfloat16)
     return SelectorResult(selector, out, run)
 
 

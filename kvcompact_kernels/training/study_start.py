@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..cache import CompactBlock, CompactCache
 from ..methods import LayerInput
-from ..methods.attention_matching import BETA_LIMIT, fit_slots
+from ..methods.attention_matching import fit_best
 from ..methods.full import Full
 from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
 from ..reference import matching
-from ..reference.selection import top_tokens
+from ..reference.selection import proportional_counts
 from ..token_selector import TokenSelector
 from .attention import Recorder, received_attention
 from .self_study import RECALL, Conversation
@@ -56,7 +56,8 @@ def study_start(
         model: patched and frozen.
         ids: the text; the model must have as many positions.
         conversations: on it, at least one; passages to continue count only where there is nothing else.
-        slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``.
+        slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; the mean, with a selector whose config
+            has ``shares``.
         sinks: first tokens that are kept in any case.
         selector: chooses the tokens.
     """
@@ -94,6 +95,8 @@ def study_start(
         filled = end
     if selector is not None:
         scores = dict(zip(kept, reader.scores))
+    first = min(sinks, slots - 1)
+    counts = _slot_counts(None if selector is None else selector.config.shares, spec, slots, first + 1, len(ids))
     layers = list(full.layers)
     for number, i in enumerate(kept):
         block = full.layers[i]
@@ -109,10 +112,22 @@ def study_start(
         )
         asked = matching.reference_queries(queries.pop(i)[None], block.num_kv_heads)
         outputs, lse, _ = matching.full_attention(asked, block.keys, block.values, layer.scale)
-        indices = top_tokens(scores[i], slots, first=min(sinks, slots - 1))
-        made = fit_slots(layer, asked, outputs, lse, indices, MASS_RIDGE, VALUE_RIDGE, BETA_LIMIT)
-        layers[i] = CompactBlock(made.keys, made.values, made.beta)
+        layers[i] = fit_best(
+            layer, asked, outputs, lse, scores[i], counts[number], MASS_RIDGE, VALUE_RIDGE, first=first
+        )
     return replace(full, layers=tuple(layers))
+
+
+def _slot_counts(
+    shares: Sequence[Sequence[float]] | None, spec: ModelSpec, slots: int, least: int, most: int
+) -> list[list[int]]:
+    """Slots of each compacted layer and KV head; their mean is ``slots``."""
+    heads, layers = spec.num_kv_heads, spec.layer_kinds.count("full")
+    if shares is None:
+        return [[slots] * heads] * layers
+    flat = [share for row in shares for share in row]
+    counts = proportional_counts(slots * len(flat), flat, least, most)
+    return [counts[i : i + heads] for i in range(0, len(counts), heads)]
 
 
 class _Expectation(Full):

@@ -113,6 +113,49 @@ def test_gradients_flow_to_all_but_the_sinks_and_windows():
             assert (x[:, :, 2:] != y[:, :, 2:]).any(), name
 
 
+def ragged_cache(*counts, beta=False):
+    """A cache whose heads hold these numbers of slots, a list for each layer."""
+    blocks = []
+    for row in counts:
+        heads = [(torch.randn(n, DIM), torch.randn(n, DIM), torch.randn(n) if beta else None) for n in row]
+        blocks.append(CompactBlock.pack([heads]))
+    rope = Rope.default(DIM)
+    return CompactCache(tuple(blocks), 50, {"family": "llama"}, {"full": rope, "sliding": rope}, None, "still", {})
+
+
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("train_beta", [False, True])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_heads_with_unequal_numbers_of_slots(tmp_path, beta, train_beta, sinks):
+    cache = ragged_cache([3, 9], [5, 4], [4, 4], beta=beta)
+    cartridge = Cartridge.from_cache(cache, sinks=sinks, train_beta=train_beta)
+    before = cartridge.to_cache()
+    assert before.layers[0].offsets is not None and before.layers[2].offsets is None
+    if beta or not train_beta:
+        assert_same_blocks(before, cache)
+    loss = 0
+    for block in cartridge.to_cache().compact_layers:
+        query = torch.randn(1, 4, 3, DIM)
+        attended = compact_attention(query, block.keys, block.values, block.beta, offsets=block.offsets, num_kv_heads=2)
+        loss = loss + attended.square().sum()
+    loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in cartridge.parameters())
+    with torch.no_grad():
+        for p in cartridge.parameters():
+            p -= p.grad
+    after = cartridge.to_cache()
+    for old, new in zip(before.compact_layers, after.compact_layers):
+        for x, y in zip(old.heads()[0], new.heads()[0]):
+            for name, a, b in zip(("keys", "values", "beta"), x, y):
+                if a is None:
+                    continue
+                assert torch.equal(a[:sinks], b[:sinks]), name
+                changed = (a[sinks:] != b[sinks:]).reshape(len(a) - sinks, -1).any(1)
+                assert changed.all() if name != "beta" or train_beta else not changed.any(), name
+    cartridge.save(tmp_path / "c.kvc")
+    assert_same_blocks(Cartridge.load(tmp_path / "c.kvc").to_cache(), after)
+
+
 def test_a_cartridge_does_not_touch_its_cache():
     cache = make_cache()
     kept = cache.layers[0].keys.clone()
@@ -177,8 +220,5 @@ def test_bad_caches_and_options():
         Cartridge.from_cache(make_cache(), sinks=7)
     with pytest.raises(ValueError, match="logical_length"):
         Cartridge.from_cache(make_cache(), logical_length=0)
-    head = (torch.randn(3, DIM), torch.randn(3, DIM), None)
-    longer = (torch.randn(4, DIM), torch.randn(4, DIM), None)
-    ragged = CompactCache((CompactBlock.pack([[head, longer]]),), 50, {})
-    with pytest.raises(ValueError, match="layer 0 does not"):
-        Cartridge.from_cache(ragged)
+    with pytest.raises(ValueError, match="sinks must be less than the 3 slots of layer 0, got 3"):
+        Cartridge.from_cache(ragged_cache([3, 4]), sinks=3)

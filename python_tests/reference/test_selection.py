@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+import random
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from kvcompact_kernels.reference.selection import (
     kept_window,
     pool_before_window,
     pool_scores,
+    proportional_counts,
     pyramid_budgets,
     sinks_and_recent,
     top_tokens,
@@ -161,6 +165,33 @@ def test_pyramid_follows_the_paper_where_there_is_room():
 def test_pyramid_refuses(slots, steepness):
     with pytest.raises(ValueError):
         pyramid_budgets(slots, 64, 4, steepness, minimum=5)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_proportional_counts_are_whole_bounded_and_proportional(seed):
+    draw = random.Random(seed)
+    weights = [10 ** draw.uniform(-3, 2) for _ in range(draw.randint(1, 12))]
+    low = draw.randint(0, 6)
+    high = low + draw.randint(0, 60)
+    total = draw.randint(low * len(weights), high * len(weights))
+    counts = proportional_counts(total, weights, low, high)
+    assert sum(counts) == total and all(low <= n <= high for n in counts)
+    # some factor explains all of them, up to rounding: heads that the bounds do not hold are proportional
+    least = max([(n - 1) / w for n, w in zip(counts, weights) if n > low], default=0)
+    most = min([(n + 1) / w for n, w in zip(counts, weights) if n < high], default=math.inf)
+    assert least <= most * (1 + 1e-9)
+
+
+def test_proportional_counts_by_hand():
+    assert proportional_counts(12, [1, 2, 3], 0, 12) == [2, 4, 6]
+    assert proportional_counts(12, [1, 2, 9], 3, 5) == [3, 4, 5]
+    assert proportional_counts(7, [1, 1, 1], 0, 7) == [3, 2, 2]
+
+
+@pytest.mark.parametrize("total, weights", [(3, [1, 1]), (21, [1, 1]), (8, [1, 0]), (8, [1, math.inf])])
+def test_proportional_counts_refuse(total, weights):
+    with pytest.raises(ValueError, match="total must be in|weights must be finite"):
+        proportional_counts(total, weights, 2, 10)
 
 
 def test_gather_tokens_owns_its_memory():

@@ -164,6 +164,27 @@ def test_a_selector_chooses_and_the_answers_fit():
     assert not all(chosen)
 
 
+@torch.no_grad()
+def test_a_selectors_shares_hold_for_the_slots():
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    spec = model_spec(model)
+
+    def chosen(slots, shares=None):
+        config = SelectorConfig(spec.head_dim, spec.num_kv_heads, hidden=8, kernel=3, shares=shares)
+        selector = TokenSelector(config, spec.num_layers, spec.fingerprint, generator=torch.Generator().manual_seed(1))
+        return started(model, TALKS, slots, sinks=2, selector=selector)
+
+    shares = tuple((1.0 + number, 3.0) for number in range(spec.num_layers))
+    cache = chosen(9, shares)
+    counts = torch.cat([block.slot_counts for block in cache.layers])
+    assert counts.sum() == 9 * counts.numel() and counts[0, 1] > 2 * counts[0, 0] and counts.min() >= 3
+    for number, block in enumerate(cache.layers):
+        for head, count in enumerate(counts[number].tolist()):
+            alone = chosen(count).layers[number].heads()[0][head]
+            for got, wanted in zip(block.heads()[0][head], alone):
+                torch.testing.assert_close(got, wanted)
+
+
 class Looks(Method):
     name, summary, source = "looks", "for a test", "none"
     queries_needed = -1

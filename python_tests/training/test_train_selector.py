@@ -26,7 +26,7 @@ from kvcompact_kernels.training.selector import (
 
 TEXT = " ".join(f"Sentence number {i} says that the bell rings {i * 7} times." for i in range(160))
 OPTIONS = SelectorOptions(
-    contexts=(150, 200), examples=4, held_out_examples=2, facts=2, continuation=12, held_out=0.2, batch=2
+    contexts=(150, 200), examples=4, held_out_examples=2, facts=2, continuation=12, held_out=0.2, batch=2, shares=1
 )
 LOOP = default_loop(steps=6, warmup=1, checkpoint_every=3, evaluate_every=3)
 
@@ -70,6 +70,9 @@ def test_it_learns_and_leaves_the_model_alone(tmp_path, family):
     assert set(evaluation) == {"loss", "continuation", "continuation_without", "recall", "recall_without"}
     saved = TokenSelector.load(result.path)
     assert saved.info["steps"] == 30 and saved.info["finished"] and saved.info["held_out"] == evaluation
+    # how many slots each head needs was measured, and is in the file
+    layers = model_spec(model).layer_kinds.count("full")
+    assert [len(row) for row in saved.config.shares] == [2] * layers and saved.config == result.selector.config
     # the file is of use to the model, at a ratio that nobody named
     patch_model(model, "still", weights=str(result.path))
     cache = model.compact(torch.randint(0, 250, (1, 90)), ratio=5)
@@ -86,9 +89,10 @@ def test_resume_ends_with_the_same_bits(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_nothing_held_out_is_no_figures(tmp_path):
-    result = trained(tmp_path / "a.safetensors", options=SelectorOptions(**{**OPTIONS.to_dict(), "held_out": 0.0}))
-    assert result.run.finished and result.run.evaluation is None
+def test_nothing_held_out_is_no_figures_and_no_shares_are_equal_ones(tmp_path):
+    options = SelectorOptions(**{**OPTIONS.to_dict(), "held_out": 0.0, "shares": 0})
+    result = trained(tmp_path / "a.safetensors", options=options)
+    assert result.run.finished and result.run.evaluation is None and result.selector.config.shares is None
 
 
 def test_contexts_are_read_once(tmp_path, monkeypatch):
