@@ -26,6 +26,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
+// Slots of a full head over the mean, where heads hold unequal numbers: only the device knows the fullest.
+constexpr int64_t kUneven = 4;
 // Two tiles of 16 keys a warp: all copies of a shorter block are in flight at once, so splitting it further gains nothing.
 constexpr int64_t kLeastKeysPerSplit = 2 * kvc::kDecodeWarps * kvc::kTileKeys;
 constexpr int64_t kMostSplits = 128;
@@ -58,7 +60,7 @@ int64_t step(const Tensor& x, int64_t dim) { return x.size(dim) == 1 ? 0 : x.str
 
 struct Block {
   DecodeSegment segment;
-  int64_t mean_keys;  // of a head, rounded up
+  int64_t planned_keys;  // of a full head, for the number of splits
   int64_t most_keys;
   bool shared;
 };
@@ -84,7 +86,8 @@ Block make_block(
     s.key_strides[2] = keys.stride(0);
     s.value_strides[2] = values.stride(0);
     s.beta_strides[2] = beta ? beta->stride(0) : 0;
-    block.mean_keys = (keys.size(0) + offsets->size(0) - 2) / std::max<int64_t>(offsets->size(0) - 1, 1);
+    const int64_t mean = (keys.size(0) + offsets->size(0) - 2) / std::max<int64_t>(offsets->size(0) - 1, 1);
+    block.planned_keys = mean * std::min(kUneven, kv_heads);
   } else {
     check(keys, query, "keys" + index, {-1, kv_heads, -1, head_dim});
     check(values, query, "values" + index, {keys.size(0), kv_heads, keys.size(2), head_dim});
@@ -96,7 +99,7 @@ Block make_block(
       s.beta_strides[i] = beta ? step(*beta, i) : 0;
     }
     s.length = static_cast<int32_t>(keys.size(2));
-    block.mean_keys = keys.size(2);
+    block.planned_keys = keys.size(2);
   }
   STD_TORCH_CHECK(
       block_batch == batch || block_batch == 1, "compact_attention_decode: keys", index, " must have batch size 1 or ",
@@ -195,7 +198,7 @@ std::tuple<Tensor, Tensor> compact_attention_decode(
   Decode p = {};
   int64_t own_keys = tail_length, shared_keys = 0;
   for (const Block& block : blocks) {
-    if (!block.shared) p.segments[p.own_segments++] = block.segment, own_keys += block.mean_keys;
+    if (!block.shared) p.segments[p.own_segments++] = block.segment, own_keys += block.planned_keys;
   }
   p.has_tail = tail_length > 0;
   if (p.has_tail) {
@@ -215,7 +218,7 @@ std::tuple<Tensor, Tensor> compact_attention_decode(
   for (const Block& block : blocks) {
     if (block.shared) {
       p.segments[p.own_segments + p.shared_segments++] = block.segment;
-      shared_keys += block.mean_keys;
+      shared_keys += block.planned_keys;
     }
   }
   p.query = query.const_data_ptr();

@@ -59,6 +59,7 @@ def test_planned_configurations(device):
     for shape in (
         {"blocks": ((None, 700),), "kv_heads": 1, "batch": 1},
         {"blocks": ((1, 300),), "batch": 12, "query_len": 2, "tail": 3},
+        {"blocks": ((None, [900, 40]),), "batch": 1, "kv_heads": 2},
     ):
         args = make_inputs(device, **shape)
         check_forward(backend.forward(*args), args)

@@ -23,6 +23,8 @@ STACK_ROWS = 64
 MIN_KEYS_PER_SPLIT = 256
 MAX_SPLITS = 128
 PROGRAMS_PER_SM = 2
+# Slots of a full head over the mean, where heads share slots by what each was measured to need (training/head_shares.py).
+UNEVEN = 4
 DELTA_ROWS = 16
 LOG2E = 1.4426950408889634
 
@@ -57,7 +59,7 @@ def plan_forward(
     """The launches of a call, from sizes that the host knows.
 
     Args:
-        blocks: per block the slots of a head (of ragged heads the mean, rounded up) and whether the batch shares it.
+        blocks: per block the slots of a head (of ragged heads those of a full one) and whether the batch shares it.
         config, splits: fixed choices, for tests and measurements.
     """
     stacked = [shared and batch > 1 and query_len * group <= STACK_ROWS for _, shared in blocks]
@@ -132,7 +134,7 @@ def forward(
     group = heads // num_kv_heads
     tail_len = 0 if tail_keys is None else tail_keys.shape[2]
     dim = runtime.padded_dim(head_dim)
-    blocks = [_block_size(k, o, batch, num_kv_heads) for k, o in zip(keys, offsets)]
+    blocks = [_planned_size(k, o, batch, num_kv_heads) for k, o in zip(keys, offsets)]
     launches = plan_forward(
         batch,
         num_kv_heads,
@@ -399,6 +401,16 @@ def _block_size(keys: Tensor, offsets: Tensor | None, batch: int, kv_heads: int)
         return keys.shape[2], keys.shape[0] == 1
     heads = offsets.numel() - 1
     return math.ceil(keys.shape[0] / heads), heads == kv_heads
+
+
+def _planned_size(keys: Tensor, offsets: Tensor | None, batch: int, kv_heads: int) -> tuple[int, bool]:
+    """Slots of a head that splits are planned for, and whether the batch shares the block.
+
+    Ragged heads take as long as the fullest, whose length only the device knows: one of ``UNEVEN`` times the mean is planned
+    for. Splits that find nothing to do end at once.
+    """
+    count, shared = _block_size(keys, offsets, batch, kv_heads)
+    return (count if offsets is None else count * min(UNEVEN, kv_heads)), shared
 
 
 def _block_strides(x: Tensor, offsets: Tensor | None, kv_heads: int) -> list[int]:
