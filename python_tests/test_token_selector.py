@@ -280,14 +280,16 @@ def test_a_head_that_keeps_all_its_tokens_keeps_them_as_they_are(shared):
     assert torch.equal(keys, layer.keys[0, 0]) and torch.equal(values, layer.values[0, 0]) and not beta.any()
 
 
+@pytest.mark.parametrize("tokens", [59, 60, 61])
 @pytest.mark.parametrize("slots", [5, 17, 43])
-def test_shares_hold_in_every_chunk(shared, slots):
-    method = get_method("still", weights=shared, chunk=20)
-    budgets = method.budgets(max(slots, 15), 60, LAYERS)
-    assert sum(budgets) == max(slots, 15) * LAYERS and min(budgets) >= 15  # five for each of three chunks
-    block = method.compact_layer(make_layer(60), max(slots, 15))
-    assert (block.slot_counts.sum(1) == max(slots, 15) * HEADS).all() and int(block.slot_counts.min()) >= 5
-    once = get_method("still", weights=shared, chunk=60).compact_layer(make_layer(60), slots)
+def test_shares_hold_in_every_chunk(shared, tokens, slots):
+    method, wanted = get_method("still", weights=shared, chunk=20), max(slots, 17)
+    budgets = method.budgets(wanted, tokens, LAYERS)
+    assert sum(budgets) == wanted * LAYERS and min(budgets) >= 15  # five for each of three chunks
+    for index, budget in enumerate(budgets):  # the least, too, can be compacted
+        block = method.compact_layer(make_layer(tokens, index), budget)
+        assert (block.slot_counts.sum(1) == budget * HEADS).all() and int(block.slot_counts.min()) >= 5
+    once = get_method("still", weights=shared, chunk=60).compact_layer(make_layer(tokens), slots)
     assert (once.slot_counts.sum(1) == slots * HEADS).all() and int(once.slot_counts.min()) >= 5
 
 

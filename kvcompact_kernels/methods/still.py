@@ -188,8 +188,9 @@ class Still(Method):
         shares = self._shares()
         if shares is None:
             return [slots] * num_layers
-        chunks = 1 if self.chunk is None else len(self._chunks(num_tokens, slots))
-        least = min(slots, chunks * self.min_slots)
+        # of a layer's slots the first chunk, the shortest, must get enough
+        first = num_tokens if self.chunk is None else self._chunks(num_tokens, slots)[0]
+        least = min(slots, -(-self.min_slots * num_tokens // first))
         return proportional_counts(slots * num_layers, [sum(row) for row in shares], least, num_tokens)
 
     def _shares(self) -> tuple[tuple[float, ...], ...] | None:
