@@ -103,10 +103,13 @@ def backward(
     do = grad_out.to(acc).reshape(*shape, head_dim)
     row = (lse.to(acc)).masked_fill(lse == float("-inf"), float("inf")).reshape(*shape, 1)
     delta = (grad_lse.to(acc) - (grad_out.to(acc) * out.to(acc)).sum(-1)).reshape(*shape, 1)
-    dq = torch.zeros_like(q)
+    own = (q, do, row, delta, torch.zeros_like(q))
+    # behind a shared block the rows of all requests are rows of one
+    folded = tuple(x.transpose(0, 1).flatten(1, 2)[None] for x in own) if batch > 1 else own
 
-    def one_range(k, v, beta, seen):
-        """dK, dV [B, Hkv, n, d] and dbeta [B, Hkv, n] of one range of keys; adds to dq."""
+    def one_range(rows, k, v, beta=None, seen=None):
+        """dK, dV [B, Hkv, n, d] and dbeta [B, Hkv, n] of one range of keys; adds to the rows' dq."""
+        q, do, row, delta, dq = rows
         k, v = k.to(acc), v.to(acc)
         scores = q @ k.transpose(-1, -2) * scale
         if beta is not None:
@@ -119,15 +122,15 @@ def backward(
         dq.add_(ds @ k, alpha=scale)
         return ds.transpose(-1, -2) @ q * scale, prob.transpose(-1, -2) @ do, ds.sum(-2)
 
-    def reduce(grad, like, offset):
-        """Sums over the batch for a shared block, packs ragged heads, and takes the input's dtype."""
-        if offset is not None:
-            grad = grad if (offset.numel() - 1) != num_kv_heads else grad.sum(0, keepdim=True)
-            lengths = offset.diff().reshape(grad.shape[0], num_kv_heads)
-            grad = grad[torch.arange(grad.shape[2], device=grad.device) < lengths[..., None]]
-        elif like.shape[0] != batch:
-            grad = grad.sum(0, keepdim=True)
-        return grad.to(like.dtype)
+    def ragged_range(rows, k, v, beta, offset):
+        """The same, packed, head by head: heads that hold unequal numbers of slots need no padding."""
+        ends, parts = offset.tolist(), []
+        for i, (start, end) in enumerate(zip(ends, ends[1:])):
+            b, h = divmod(i, num_kv_heads)
+            some = tuple(x[b : b + 1, h : h + 1] for x in rows)
+            bias = None if beta is None else beta[None, None, start:end]
+            parts.append([x[0, 0] for x in one_range(some, k[None, None, start:end], v[None, None, start:end], bias)])
+        return [torch.cat(grads) for grads in zip(*parts)]
 
     def none():
         """Fresh each time: outputs of a custom op must not alias one another."""
@@ -135,14 +138,18 @@ def backward(
 
     d_keys, d_values, d_betas = [], [], []
     for k, v, beta, offset in zip(keys, values, betas, offsets):
-        rk, rv, rb = reference.rectangular_block(k, v, beta, offset, num_kv_heads)
-        dk, dv, db = one_range(rk, rv, rb, None)
-        d_keys.append(reduce(dk, k, offset))
-        d_values.append(reduce(dv, v, offset))
-        d_betas.append(none() if beta is None else reduce(db, beta, offset))
+        shared = (k.shape[0] == 1) if offset is None else offset.numel() - 1 == num_kv_heads
+        rows = folded if shared else own
+        dk, dv, db = one_range(rows, k, v, beta) if offset is None else ragged_range(rows, k, v, beta, offset)
+        d_keys.append(dk.to(k.dtype))
+        d_values.append(dv.to(v.dtype))
+        d_betas.append(none() if beta is None else db.to(beta.dtype))
     d_tail_keys, d_tail_values = none(), none()
     if tail_keys is not None:
         seen = reference.tail_visibility(query_len, tail_keys.shape[2], causal, window, tail_mask, query.device)
-        dk, dv, _ = one_range(tail_keys, tail_values, None, seen)
+        dk, dv, _ = one_range(own, tail_keys, tail_values, seen=seen)
         d_tail_keys, d_tail_values = dk.to(tail_keys.dtype), dv.to(tail_values.dtype)
+    dq = own[-1]
+    if batch > 1:
+        dq = dq + folded[-1][0].unflatten(1, (batch, shape[2])).transpose(0, 1)
     return dq.reshape(query.shape).to(query.dtype), d_keys, d_values, d_betas, d_tail_keys, d_tail_values
