@@ -17,6 +17,7 @@ show: the rest of a decoding step (weights, projections), which bounds it below 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvcompact_kernels.backends.cpu import library
 from kvcompact_kernels.ops import compact_attention
 from kvcompact_kernels.reference import compact_attention as reference
+from kvcompact_kernels.reference.selection import proportional_counts
 from kvcompact_kernels.testing.budget import assert_within_budget
 
 MODELS = {  # query heads, KV heads, head dim
@@ -93,6 +95,22 @@ class Inputs:
         self.keys, self.values = (rand(requests, self.kv_heads, case.slots, d) for _ in range(2))
         self.beta = torch.randn(requests, self.kv_heads, case.slots, device=device)
         self.tail = [rand(case.batch, self.kv_heads, case.tail, d) for _ in range(2)] if case.tail else [None, None]
+        self.offsets: Tensor | None = None
+
+    def share_unevenly(self, shares: Sequence[float]) -> None:
+        """Gives the KV heads numbers of slots in proportion to ``shares``, packed; as many in all."""
+        requests, heads, slots = self.keys.shape[:3]
+        counts = proportional_counts(heads * slots, shares, 1, heads * slots) * requests
+        self.offsets = torch.tensor([0, *counts], device=self.keys.device).cumsum(0)
+        self.keys, self.values, self.beta = (x.reshape(-1, *x.shape[3:]) for x in (self.keys, self.values, self.beta))
+
+    def head(self, request: int, h: int) -> list[Tensor]:
+        """Keys and values ``[1, 1, t, d]`` and beta ``[1, 1, t]`` of one KV head."""
+        parts = (self.keys, self.values, self.beta)
+        if self.offsets is None:
+            return [x[request : request + 1, h : h + 1] for x in parts]
+        start, end = self.offsets[request * self.kv_heads + h :][:2].tolist()
+        return [x[None, None, start:end] for x in parts]
 
     def peer_layout(self, case: Case) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values ``[B, Hkv, S, d]`` and bias ``[B, Hkv, 1, S]`` in query's dtype, block and tail side by side."""
@@ -115,6 +133,8 @@ def kernel(inputs: Inputs, return_lse: bool = False, backend: str = "cpu", beta:
         tail_keys=inputs.tail[0],
         tail_values=inputs.tail[1],
         return_lse=return_lse,
+        offsets=inputs.offsets,
+        num_kv_heads=inputs.kv_heads,
         backend=backend,
     )
 
@@ -139,8 +159,9 @@ def check(case: Case, inputs: Inputs, backend: str = "cpu", beta: bool = True) -
     picks = torch.cartesian_prod(torch.arange(case.batch), torch.arange(inputs.kv_heads))
     for b, h in picks[torch.randperm(len(picks))[:4]].tolist():
         heads, block = slice(h * group, (h + 1) * group), 0 if case.shared else b
-        k, v = ([x[block : block + 1, h : h + 1]] for x in (inputs.keys, inputs.values))
-        bias = [inputs.beta[block : block + 1, h : h + 1] if beta else None]
+        k, v, bias = ([x] for x in inputs.head(block, h))
+        if not beta:
+            bias = [None]
         tail = [None if x is None else x[b : b + 1, h : h + 1] for x in inputs.tail]
         for rows in checked_rows(case.query_len):
             q = inputs.query[b : b + 1, heads, rows]

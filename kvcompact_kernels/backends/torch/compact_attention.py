@@ -6,6 +6,8 @@ gives an unpatched model's logits bit for bit. With a bias and one query token t
 one tile (``[B, Hkv, G, d]``), so that keys are neither repeated nor read more than once.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -124,8 +126,8 @@ def backward(
 
     def ragged_range(rows, k, v, beta, offset):
         """The same, packed, head by head: heads that hold unequal numbers of slots need no padding."""
-        ends, parts = offset.tolist(), []
-        for i, (start, end) in enumerate(zip(ends, ends[1:])):
+        parts = []
+        for i, (start, end) in enumerate(pairwise(offset.tolist())):
             b, h = divmod(i, num_kv_heads)
             some = tuple(x[b : b + 1, h : h + 1] for x in rows)
             bias = None if beta is None else beta[None, None, start:end]
