@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .._checks import check_choice, check_int
 from ..cache import CompactBlock
+from ..model_spec import ModelSpec
 from ..reference import matching
-from ..reference.selection import gather_tokens, top_tokens
+from ..reference.selection import gather_tokens, proportional_counts, shared_budgets, top_tokens
+from ..token_selector import TokenSelector
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .base import LayerInput, Method, register_method
 
@@ -37,6 +39,9 @@ class AttentionMatching(Method):
             the mean diagonal of the normal equations.
         beta_limit: biases stay in ``[-beta_limit, beta_limit]`` (nats).
         sinks: first tokens of the context whose keys are kept in any case.
+        shares: file of a token selector for the model (``kvcompact train selector``), which says how many slots each KV head
+            needs; nothing else of it is used. None gives all heads the same. The paper's code has such budgets, too. Not with
+            "omp".
     """
 
     name = "attention_matching"
@@ -50,6 +55,7 @@ class AttentionMatching(Method):
     value_ridge: float = 1e-3
     beta_limit: float = BETA_LIMIT
     sinks: int = 4
+    shares: str | None = None
 
     def __post_init__(self):
         check_choice("queries", self.queries, ("repeat", "prefill"))
@@ -60,6 +66,23 @@ class AttentionMatching(Method):
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
         self.beta_limit = check_share("beta_limit", self.beta_limit, minimum=1e-3, maximum=50.0)
         check_int("sinks", self.sinks, minimum=0)
+        self._selector: TokenSelector | None = None
+        if self.shares is not None:
+            if self.keys == "omp":
+                raise ValueError("shares must be None with keys='omp', which gives all heads the same number of slots")
+            self._selector = TokenSelector.load(self.shares)
+            if self._selector.config.shares is None:
+                raise ValueError(f"shares: {self.shares} does not say how many slots each head needs")
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Raises ValueError when ``shares`` is of another model."""
+        if self._selector is not None:
+            self._selector.check_model(spec, f"shares {self.shares}")
+
+    def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
+        if self._selector is None:
+            return [slots] * num_layers
+        return shared_budgets(self._selector.config.shares, slots, min(slots, self.min_slots), num_tokens)
 
     @property
     def prefill_passes(self) -> int:
@@ -85,9 +108,23 @@ class AttentionMatching(Method):
             indices = matching.matching_pursuit(
                 queries, layer.keys, lse, slots, layer.scale, self.mass_ridge, self.beta_limit, first=sinks
             )
-        else:
-            indices = top_tokens(scores, slots, first=sinks)
-        return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
+            return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
+        counts = [slots] * layer.keys.shape[1]
+        if self._selector is not None:
+            row = self._selector.config.shares[layer.layer_idx]
+            counts = proportional_counts(sum(counts), row, min(slots, self.min_slots), layer.num_tokens)
+        return fit_best(
+            layer,
+            queries,
+            outputs,
+            lse,
+            scores,
+            counts,
+            self.mass_ridge,
+            self.value_ridge,
+            self.beta_limit,
+            first=sinks,
+        )
 
     def _reference_queries(self, layer: LayerInput) -> Tensor:
         if self.queries == "prefill":
@@ -144,6 +181,7 @@ def fit_best(
     counts: Sequence[int],
     mass_ridge: float,
     value_ridge: float,
+    beta_limit: float = BETA_LIMIT,
     first: int = 0,
     before: int = 0,
 ) -> CompactBlock:
@@ -165,7 +203,7 @@ def fit_best(
         part = replace(layer, keys=keys, values=values, queries=None)
         indices = top_tokens(scores[:, heads], before + count, first=first)
         block = fit_slots(
-            part, queries[:, heads], outputs[:, heads], lse[:, heads], indices, mass_ridge, value_ridge, BETA_LIMIT
+            part, queries[:, heads], outputs[:, heads], lse[:, heads], indices, mass_ridge, value_ridge, beta_limit
         )
         return CompactBlock(*(x[:, :, before:] for x in (block.keys, block.values, block.beta)))
 

@@ -54,6 +54,8 @@ class Compose(Method):
         for name in ("first_options", "second_options"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict of options, got {type(getattr(self, name)).__name__}")
+        if self.second_options.get("shares") is not None:
+            raise ValueError("second_options must leave out shares: each head's slots are made by themselves")
         self._first = get_method(self.first, **self.first_options)
         self._second = get_method(self.second, **self.second_options)
         if self._first.prefill_passes != self._second.prefill_passes and self._first.queries_needed:

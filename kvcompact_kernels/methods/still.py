@@ -16,7 +16,7 @@ from ..layer_networks import LayerNetworks
 from ..model_spec import ModelSpec
 from ..ops.still_compaction import still_compaction
 from ..reference import matching
-from ..reference.selection import proportional_counts
+from ..reference.selection import proportional_counts, shared_budgets
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
 from ..token_selector import MAX_QUERIES, TokenSelector, token_features
@@ -191,7 +191,7 @@ class Still(Method):
         # of a layer's slots the first chunk, the shortest, must get enough
         first = num_tokens if self.chunk is None else self._chunks(num_tokens, slots)[0]
         least = min(slots, -(-self.min_slots * num_tokens // first))
-        return proportional_counts(slots * num_layers, [sum(row) for row in shares], least, num_tokens)
+        return shared_budgets(shares, slots, least, num_tokens)
 
     def _shares(self) -> tuple[tuple[float, ...], ...] | None:
         selects = isinstance(self._trained, TokenSelector) and self.shares != "equal"

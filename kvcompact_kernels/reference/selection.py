@@ -250,6 +250,11 @@ def proportional_counts(total: int, weights: Sequence[float], minimum: int, maxi
     return counts
 
 
+def shared_budgets(shares: Sequence[Sequence[float]], slots: int, least: int, most: int) -> list[int]:
+    """Slots of each layer in ``[least, most]``, of mean ``slots``, from the ``shares [layers][Hkv]`` of their heads."""
+    return proportional_counts(slots * len(shares), [sum(row) for row in shares], least, most)
+
+
 def expected_attention_scores(
     mean: Tensor, covariance: Tensor, keys: Tensor, values: Tensor, scale: float, epsilon: float
 ) -> Tensor:
