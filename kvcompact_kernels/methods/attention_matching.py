@@ -11,7 +11,7 @@ from .._checks import check_choice, check_int
 from ..cache import CompactBlock
 from ..model_spec import ModelSpec
 from ..reference import matching
-from ..reference.selection import gather_tokens, proportional_counts, shared_budgets, top_tokens
+from ..reference.selection import gather_tokens, shared_counts, top_tokens
 from ..token_selector import TokenSelector
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .base import LayerInput, Method, register_method
@@ -80,9 +80,8 @@ class AttentionMatching(Method):
             self._selector.check_model(spec, f"shares {self.shares}")
 
     def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
-        if self._selector is None:
-            return [slots] * num_layers
-        return shared_budgets(self._selector.config.shares, slots, min(slots, self.min_slots), num_tokens)
+        shares = None if self._selector is None else [sum(row) for row in self._selector.config.shares]
+        return shared_counts(shares, slots, num_layers, min(slots, self.min_slots), num_tokens)
 
     @property
     def prefill_passes(self) -> int:
@@ -109,10 +108,8 @@ class AttentionMatching(Method):
                 queries, layer.keys, lse, slots, layer.scale, self.mass_ridge, self.beta_limit, first=sinks
             )
             return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
-        counts = [slots] * layer.keys.shape[1]
-        if self._selector is not None:
-            row = self._selector.config.shares[layer.layer_idx]
-            counts = proportional_counts(sum(counts), row, min(slots, self.min_slots), layer.num_tokens)
+        row = None if self._selector is None else self._selector.config.shares[layer.layer_idx]
+        counts = shared_counts(row, slots, layer.keys.shape[1], min(slots, self.min_slots), layer.num_tokens)
         return fit_best(
             layer,
             queries,

@@ -137,8 +137,10 @@ class Cartridge(nn.Module):
                 continue
             offsets = block.offsets
             self.register_buffer(f"offsets_{i}", offsets)
-            self.register_buffer(f"order_{i}", None if offsets is None else _sinks_first(offsets, sinks).argsort())
-            (fixed_keys, keys), (fixed_values, values) = (_parted(x, offsets, sinks) for x in (keys, values))
+            rows = None if offsets is None else _sinks_first(offsets, sinks)
+            self.register_buffer(f"order_{i}", None if rows is None else rows.argsort())
+            first = sinks if rows is None else sinks * block.num_kv_heads
+            (fixed_keys, keys), (fixed_values, values) = (_parted(x, rows, first) for x in (keys, values))
             self.register_buffer(f"fixed_keys_{i}", fixed_keys)
             self.register_buffer(f"fixed_values_{i}", fixed_values)
             self.keys.append(keys)
@@ -148,7 +150,7 @@ class Cartridge(nn.Module):
             if beta is None and train_beta:
                 beta = block.keys.new_zeros(block.keys.shape[:-1], dtype=wide)
             if train_beta:
-                beta, trained = _parted(beta, offsets, sinks)
+                beta, trained = _parted(beta, rows, first)
                 self.beta.append(trained)
             self.register_buffer(f"fixed_beta_{i}", beta)
 
@@ -218,12 +220,11 @@ def _sinks_first(offsets: Tensor, sinks: int) -> Tensor:
     return torch.cat([first, others.nonzero()[:, 0]])
 
 
-def _parted(x: Tensor, offsets: Tensor | None, sinks: int) -> tuple[Tensor, Tensor]:
-    """The rows of the sinks and the others, each in memory of its own; ``x`` is ``[1, Hkv, t, ...]`` or packed."""
-    if offsets is None:
-        return x[:, :, :sinks].clone(), x[:, :, sinks:].clone()
-    rows = _sinks_first(offsets, sinks)
-    first = (offsets.numel() - 1) * sinks
+def _parted(x: Tensor, rows: Tensor | None, first: int) -> tuple[Tensor, Tensor]:
+    """The sinks' rows and the others, each in memory of its own: of a packed ``x`` the ``first`` of ``rows`` (see
+    :func:`_sinks_first`), of ``[1, Hkv, t, ...]`` the first of each head."""
+    if rows is None:
+        return x[:, :, :first].clone(), x[:, :, first:].clone()
     return x[rows[:first]], x[rows[first:]]
 
 

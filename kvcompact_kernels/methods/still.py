@@ -16,7 +16,7 @@ from ..layer_networks import LayerNetworks
 from ..model_spec import ModelSpec
 from ..ops.still_compaction import still_compaction
 from ..reference import matching
-from ..reference.selection import proportional_counts, shared_budgets
+from ..reference.selection import shared_counts
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
 from ..token_selector import MAX_QUERIES, TokenSelector, token_features
@@ -191,7 +191,7 @@ class Still(Method):
         # of a layer's slots the first chunk, the shortest, must get enough
         first = num_tokens if self.chunk is None else self._chunks(num_tokens, slots)[0]
         least = min(slots, -(-self.min_slots * num_tokens // first))
-        return shared_budgets(shares, slots, least, num_tokens)
+        return shared_counts([sum(row) for row in shares], slots, num_layers, least, num_tokens)
 
     def _shares(self) -> tuple[tuple[float, ...], ...] | None:
         selects = isinstance(self._trained, TokenSelector) and self.shares != "equal"
@@ -225,11 +225,10 @@ class Still(Method):
         seen = _Seen.of(layer, start, end, sinks)
         selector = self._trained.to(layer.keys.device)
         scores = selector.scores(layer.layer_idx, seen.keys, seen.part.values, seen.attention, self.recall_weight)
-        shares, num_kv_heads = self._shares(), layer.keys.shape[1]
-        counts = [slots] * num_kv_heads
-        if shares is not None and self.shares == "heads":
-            least = min(slots, 1 if seen.before else sinks + 1)
-            counts = proportional_counts(slots * num_kv_heads, shares[layer.layer_idx], least, end - start)
+        shares = self._shares() if self.shares == "heads" else None
+        row = None if shares is None else shares[layer.layer_idx]
+        least = min(slots, 1 if seen.before else sinks + 1)
+        counts = shared_counts(row, slots, layer.keys.shape[1], least, end - start)
         return fit_best(
             seen.part, seen.queries, seen.outputs, seen.lse, scores, counts, self.mass_ridge, self.value_ridge,
             first=sinks, before=seen.before,

@@ -250,9 +250,9 @@ def proportional_counts(total: int, weights: Sequence[float], minimum: int, maxi
     return counts
 
 
-def shared_budgets(shares: Sequence[Sequence[float]], slots: int, least: int, most: int) -> list[int]:
-    """Slots of each layer in ``[least, most]``, of mean ``slots``, from the ``shares [layers][Hkv]`` of their heads."""
-    return proportional_counts(slots * len(shares), [sum(row) for row in shares], least, most)
+def shared_counts(shares: Sequence[float] | None, slots: int, count: int, least: int, most: int) -> list[int]:
+    """Slots of ``count`` heads (or layers), of mean ``slots``: by ``shares`` in ``[least, most]``, or for None all the same."""
+    return [slots] * count if shares is None else proportional_counts(slots * count, shares, least, most)
 
 
 def expected_attention_scores(

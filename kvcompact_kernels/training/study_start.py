@@ -24,7 +24,7 @@ from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
 from ..reference import matching
-from ..reference.selection import proportional_counts
+from ..reference.selection import shared_counts
 from ..token_selector import TokenSelector
 from .attention import Recorder, received_attention
 from .self_study import RECALL, Conversation
@@ -123,10 +123,8 @@ def _slot_counts(
 ) -> list[list[int]]:
     """Slots of each compacted layer and KV head; their mean is ``slots``."""
     heads, layers = spec.num_kv_heads, spec.layer_kinds.count("full")
-    if shares is None:
-        return [[slots] * heads] * layers
-    flat = [share for row in shares for share in row]
-    counts = proportional_counts(slots * len(flat), flat, least, most)
+    flat = None if shares is None else [share for row in shares for share in row]
+    counts = shared_counts(flat, slots, layers * heads, least, most)
     return [counts[i : i + heads] for i in range(0, len(counts), heads)]
 
 
