@@ -383,9 +383,9 @@ def test_a_part_that_overruns_is_cut_with_its_children(gpu, tmp_path):
     )
     start = time.monotonic()
     groups = [[part(gpu, "slow", code, 1)], [part(gpu, "after", "print(1)", 19)]]
-    slow, after = gpu.visit.run_visit(groups, 60, tmp_path, str)  # 3 s for the first
+    slow, after = gpu.visit.run_visit(groups, 100, tmp_path, str)  # 5 s for the first
     assert (slow.status, after.status) == ("cut", "ok") and "overran" in slow.detail and not slow.bad
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     stat = Path(f"/proc/{child.read_text()}/stat")
     for _ in range(50):
         if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -424,7 +424,7 @@ def test_optional_parts_end_with_the_others(gpu, tmp_path):
     start = time.monotonic()
     outcomes = gpu.visit.run_visit([group], 50, tmp_path, str)
     assert [(o.name, o.status) for o in outcomes] == [("tests", "ok"), ("warm", "ended")]
-    assert outcomes[0].detail == "1 passed" and time.monotonic() - start < 20
+    assert outcomes[0].detail == "1 passed" and time.monotonic() - start < 50
 
 
 def test_what_one_part_leaves_over_goes_to_the_next(gpu, tmp_path):
@@ -599,22 +599,24 @@ def test_every_tuned_kernel_has_entries(gpu):
             assert (picked.BM, picked.BN, picked.warps) == (entry["BM"], entry["BN"], entry["warps"])
 
 
-def test_the_tuner_takes_the_fastest_right_candidate(gpu, tmp_path):
+def test_the_tuner_takes_the_fastest_right_candidate(gpu, tmp_path, monkeypatch):
     """A stand-in for a kernel: 32 keys a tile are fastest but wrong, three stages do not fit, 8 warps are faster than 4."""
     tune, runtime = gpu.tune, gpu.tune.runtime
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)  # a real one would measure what else the machine does
+    monkeypatch.setattr(sys.modules["common"], "time", clock)
     table = {"k": [{"bits": 16, "dim": 64, "rows": 16, "BM": 16, "BN": 64, "warps": 4, "stages": 2}]}
 
     def call():
         config = runtime.pick("any", "k", 16, 64, 1)
         if config.stages == 3:
             raise RuntimeError("out of resource: shared memory")
-        time.sleep(1e-3 * {32: 0.5, 64: 1, 128: 3}[config.BN] * (1 if config.warps == 8 else 3))
+        clock.now += 1e-3 * {32: 0.5, 64: 1, 128: 3}[config.BN] * (1 if config.warps == 8 else 3)
         return [torch.full((4,), 1.0 if config.BN != 32 else 2.0)]
 
     bench, rows = gpu.lab.Bench("tune", "cpu", tmp_path), []
     workload = tune.Workload("k", 16, 64, 16, lambda: call)
     choice = tune.choose(bench, workload, table, rows, 0.001, 0.01)
-    assert (choice["BN"], choice["warps"]) == (64, 8) and choice["stages"] in (2, 4)
+    assert (choice["BN"], choice["warps"], choice["stages"]) == (64, 8, 2)
     notes = {(r["choice"], r["note"]) for r in rows}
     assert ("16x32 w8 s2", "wrong: error 1") in notes and ("16x64 w4 s3", "RuntimeError") in notes
     assert table["k"][0]["warps"] == 4  # the caller decides

@@ -191,7 +191,7 @@ def test_a_hub_that_hangs_is_given_up(monkeypatch):
     start = time.monotonic()
     with pytest.raises(ModelFetchError, match="no answer"):
         fetching._probe_hub()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
 
 
 def test_a_hub_that_refuses_is_said(monkeypatch):
