@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_int
+from .head_shares import check_shares
 from .layer_networks import LayerNetworks
 from .model_spec import ModelSpec
 
@@ -74,11 +75,7 @@ class SelectorConfig(ReaderConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.shares is not None:
-            object.__setattr__(self, "shares", tuple(tuple(row) for row in self.shares))
-            if any(len(row) != self.num_kv_heads for row in self.shares):
-                raise ValueError(f"shares must have a number for each of the {self.num_kv_heads} KV heads of a layer")
-            if not all(0 < share < math.inf for row in self.shares for share in row):
-                raise ValueError("shares must be finite and above 0")
+            object.__setattr__(self, "shares", check_shares(self.shares, self.num_kv_heads))
         for name in ("trust", "recall_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -602,7 +602,9 @@ def test_every_tuned_kernel_has_entries(gpu):
 def test_the_tuner_takes_the_fastest_right_candidate(gpu, tmp_path, monkeypatch):
     """A stand-in for a kernel: 32 keys a tile are fastest but wrong, three stages do not fit, 8 warps are faster than 4."""
     tune, runtime = gpu.tune, gpu.tune.runtime
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)  # a real one would measure what else the machine does
+    clock = SimpleNamespace(
+        now=0.0, perf_counter=lambda: clock.now
+    )  # a real one would measure what else the machine does
     monkeypatch.setattr(sys.modules["common"], "time", clock)
     table = {"k": [{"bits": 16, "dim": 64, "rows": 16, "BM": 16, "BN": 64, "warps": 4, "stages": 2}]}
 

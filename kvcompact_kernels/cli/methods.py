@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def describe(cls: type) -> dict[str, Any]:
     """A method's name, summary, source and options (a default of None means that there is none or that it is None)."""
+    from ..methods.base import SHARES
+
     options = []
     for field in fields(cls):
         if field.init:
@@ -32,6 +34,8 @@ def describe(cls: type) -> dict[str, Any]:
                     "default": None if default is MISSING else _plain(default),
                 }
             )
+    if cls.separate_heads:
+        options.append({"name": SHARES, "type": "str | None", "required": False, "default": None})
     return {"name": cls.name, "summary": cls.summary, "source": cls.source, "options": options}
 
 

@@ -21,17 +21,18 @@ from .common import (
 )
 
 NAME = "train"
-HELP = "train a compactor (selector, still, kv_distill) or a document's cache (cartridge)"
+HELP = "train a compactor (selector, still, kv_distill) or a document's cache (cartridge), or measure heads (shares)"
 DESCRIPTION = """\
 Trains against the frozen model, on a CPU or a GPU. Ctrl-C finishes the step and saves; the same command goes on from there.
 
+  kvcompact train shares --model M --data FOLDER --out F
   kvcompact train selector --model M --data FOLDER --out F
   kvcompact train still --model M --data FOLDER --ratio 8 --context 2048 --out F
   kvcompact train kv_distill --model M --data FOLDER --ratio 8 --context 512 --out F
   kvcompact train cartridge notes.txt --model M --slots 512 --out F
 """
 # Each names itself, its help and description, and adds its arguments, as the commands themselves do.
-SUBCOMMANDS = ("train_selector", "train_still", "train_kv_distill", "train_cartridge")
+SUBCOMMANDS = ("train_shares", "train_selector", "train_still", "train_kv_distill", "train_cartridge")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +105,18 @@ def add_text_arguments(parser: argparse.ArgumentParser, made: str, options: str,
         config: class of -C.
     """
     add_model_arguments(parser)
-    parser.add_argument(
-        "--data", required=True, metavar="PATH", help="a folder of .txt and .md files, or one text file"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help=f"{made} (safetensors)")
+    add_data_arguments(parser, f"{made} (safetensors)")
     repeatable = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     parser.add_argument("-C", "--config", **repeatable, help=f"a field of {config} (repeatable)")
     parser.add_argument("-O", "--option", **repeatable, help=f"a field of {options} (repeatable)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, made: str) -> None:
+    """Texts and output; ``made`` is what the file holds."""
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="a folder of .txt and .md files, or one text file"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help=made)
 
 
 def add_distillation_arguments(parser: argparse.ArgumentParser, context: str) -> None:

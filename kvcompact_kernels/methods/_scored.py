@@ -15,6 +15,8 @@ from .base import LayerInput
 class ScoredMethod(SelectionMethod):
     """Keeps the tokens at both ends that :meth:`ends` names, and the highest scores of the others."""
 
+    separate_heads = True
+
     @abstractmethod
     def scores(self, layer: LayerInput) -> Tensor:
         """``[B, Hkv, T]``: higher is kept; comparable between the heads of a layer."""

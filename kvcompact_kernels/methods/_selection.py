@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_choice, check_int
 from ..cache import CompactBlock
 from ..ops import pack_slots
-from .base import LayerInput, Method, get_method, list_methods
+from .base import SHARES, LayerInput, Method, get_method, list_methods
 
 
 def check_share(name: str, value: object, minimum: float = 0.0, maximum: float = math.inf) -> float:
@@ -33,6 +33,8 @@ def wrapped_scorer(kind: type[Method], scorer: str, options: dict[str, Any]) -> 
     check_choice("scorer", scorer, tuple(name for name, cls in list_methods().items() if issubclass(cls, kind)))
     if not isinstance(options, dict):
         raise TypeError(f"options must be a dict of the scorer's options, got {type(options).__name__}")
+    if options.get(SHARES) is not None:
+        raise ValueError(f"options must leave out {SHARES}: the scores alone are used")
     return get_method(scorer, **options)
 
 

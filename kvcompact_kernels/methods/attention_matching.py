@@ -9,10 +9,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_int
 from ..cache import CompactBlock
-from ..model_spec import ModelSpec
 from ..reference import matching
-from ..reference.selection import gather_tokens, shared_counts, top_tokens
-from ..token_selector import TokenSelector
+from ..reference.selection import gather_tokens, top_tokens
 from ._selection import check_layer, check_share, leading_sinks, whole_layer
 from .base import LayerInput, Method, register_method
 
@@ -39,14 +37,12 @@ class AttentionMatching(Method):
             the mean diagonal of the normal equations.
         beta_limit: biases stay in ``[-beta_limit, beta_limit]`` (nats).
         sinks: first tokens of the context whose keys are kept in any case.
-        shares: file of a token selector for the model (``kvcompact train selector``), which says how many slots each KV head
-            needs; nothing else of it is used. None gives all heads the same. The paper's code has such budgets, too. Not with
-            "omp".
     """
 
     name = "attention_matching"
     summary = "kept keys with biases and values fitted to reference queries (least squares, no training)"
     source = "Attention Matching, arXiv 2602.16284"
+    separate_heads = True
 
     queries: str = "prefill"
     keys: str = "rms"
@@ -55,7 +51,6 @@ class AttentionMatching(Method):
     value_ridge: float = 1e-3
     beta_limit: float = BETA_LIMIT
     sinks: int = 4
-    shares: str | None = None
 
     def __post_init__(self):
         check_choice("queries", self.queries, ("repeat", "prefill"))
@@ -66,22 +61,6 @@ class AttentionMatching(Method):
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
         self.beta_limit = check_share("beta_limit", self.beta_limit, minimum=1e-3, maximum=50.0)
         check_int("sinks", self.sinks, minimum=0)
-        self._selector: TokenSelector | None = None
-        if self.shares is not None:
-            if self.keys == "omp":
-                raise ValueError("shares must be None with keys='omp', which gives all heads the same number of slots")
-            self._selector = TokenSelector.load(self.shares)
-            if self._selector.config.shares is None:
-                raise ValueError(f"shares: {self.shares} does not say how many slots each head needs")
-
-    def prepare(self, spec: ModelSpec) -> None:
-        """Raises ValueError when ``shares`` is of another model."""
-        if self._selector is not None:
-            self._selector.check_model(spec, f"shares {self.shares}")
-
-    def budgets(self, slots: int, num_tokens: int, num_layers: int) -> list[int]:
-        shares = None if self._selector is None else [sum(row) for row in self._selector.config.shares]
-        return shared_counts(shares, slots, num_layers, min(slots, self.min_slots), num_tokens)
 
     @property
     def prefill_passes(self) -> int:
@@ -107,21 +86,9 @@ class AttentionMatching(Method):
             indices = matching.matching_pursuit(
                 queries, layer.keys, lse, slots, layer.scale, self.mass_ridge, self.beta_limit, first=sinks
             )
-            return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
-        row = None if self._selector is None else self._selector.config.shares[layer.layer_idx]
-        counts = shared_counts(row, slots, layer.keys.shape[1], min(slots, self.min_slots), layer.num_tokens)
-        return fit_best(
-            layer,
-            queries,
-            outputs,
-            lse,
-            scores,
-            counts,
-            self.mass_ridge,
-            self.value_ridge,
-            self.beta_limit,
-            first=sinks,
-        )
+        else:
+            indices = top_tokens(scores, slots, first=sinks)
+        return fit_slots(layer, queries, outputs, lse, indices, self.mass_ridge, self.value_ridge, self.beta_limit)
 
     def _reference_queries(self, layer: LayerInput) -> Tensor:
         if self.queries == "prefill":

@@ -53,6 +53,8 @@ class Method(ABC):
         source: paper and section.
         prefill_passes: 2 to read the context twice and see the second reading's queries.
         joins_layers: True when ``finish`` makes layers share what they hold.
+        separate_heads: True when a head's slots come from that head's keys, values and queries alone, so that heads can be
+            given unequal numbers of them: the method then has the option ``shares``, see :func:`get_method`.
     """
 
     name: ClassVar[str]
@@ -60,6 +62,7 @@ class Method(ABC):
     source: ClassVar[str]
     prefill_passes: ClassVar[int] = 1
     joins_layers: ClassVar[bool] = False
+    separate_heads: ClassVar[bool] = False
 
     @property
     def queries_needed(self) -> int:
@@ -79,6 +82,10 @@ class Method(ABC):
         if self.joins_layers:
             return "lets layers share slots, to which nothing can be added"
         return None
+
+    def settings(self) -> dict[str, Any]:
+        """The options by name."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def prepare(self, spec: ModelSpec) -> None:
         """Called once per model before anything is compacted: load weights, check that the model fits."""
@@ -163,6 +170,7 @@ def finished_blocks(method: Method, blocks: list[CompactBlock]) -> list[CompactB
     return done
 
 
+SHARES = "shares"  # the option of every method with separate heads
 _METHODS: dict[str, type[Method]] = {}
 
 
@@ -185,9 +193,13 @@ def list_methods() -> dict[str, type[Method]]:
 def get_method(method: str | Method, **options) -> Method:
     """The method named ``method`` with the given options; a ``Method`` is returned as it is.
 
+    Every method that has ``separate_heads`` takes ``shares``, the file of ``kvcompact train shares``: each KV head then gets as
+    many slots as it was measured to need, at an equal number in all. None gives all heads the same.
+
     Raises:
         ValueError: no method of that name, or an option that its class refuses.
         TypeError: an option that the method does not have.
+        FileNotFoundError: a file that an option names.
     """
     if isinstance(method, Method):
         if options:
@@ -196,7 +208,7 @@ def get_method(method: str | Method, **options) -> Method:
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
     cls = _METHODS[method]
-    allowed = [f.name for f in fields(cls) if f.init]
+    allowed = option_names(cls)
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(
@@ -210,4 +222,15 @@ def get_method(method: str | Method, **options) -> Method:
     ]
     if missing:
         raise TypeError(f"method {method!r} needs the option {', '.join(map(repr, missing))}")
-    return cls(**options)
+    shares = options.pop(SHARES, None) if cls.separate_heads else None
+    made = cls(**options)
+    if shares is None:
+        return made
+    from ._shares import WithShares  # which is a method itself
+
+    return WithShares(made, shares)
+
+
+def option_names(cls: type[Method]) -> list[str]:
+    """What :func:`get_method` takes for the class."""
+    return [f.name for f in fields(cls) if f.init] + [SHARES] * cls.separate_heads

@@ -11,7 +11,7 @@ from .._checks import check_choice
 from ..cache import CompactBlock
 from ..model_spec import ModelSpec
 from ._selection import SelectionMethod, check_layer, check_share, whole_layer
-from .base import LayerInput, Method, get_method, layer_budgets, list_methods, register_method
+from .base import SHARES, LayerInput, Method, get_method, layer_budgets, list_methods, register_method
 
 
 @register_method
@@ -35,6 +35,7 @@ class Compose(Method):
     name = "compose"
     summary = "one method selects tokens, another makes the slots from them"
     source = "none"
+    separate_heads = True
 
     first: str = "snapkv"
     second: str = "attention_matching"
@@ -54,8 +55,9 @@ class Compose(Method):
         for name in ("first_options", "second_options"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict of options, got {type(getattr(self, name)).__name__}")
-        if self.second_options.get("shares") is not None:
-            raise ValueError("second_options must leave out shares: each head's slots are made by themselves")
+        for name in ("first_options", "second_options"):
+            if getattr(self, name).get(SHARES) is not None:
+                raise ValueError(f"{name} must leave out {SHARES}: give it to compose itself")
         self._first = get_method(self.first, **self.first_options)
         self._second = get_method(self.second, **self.second_options)
         if self._first.prefill_passes != self._second.prefill_passes and self._first.queries_needed:

@@ -24,6 +24,7 @@ class PyramidKV(SnapKV):
     name = "pyramidkv"
     summary = "SnapKV with more slots in the first layers, fewer in the last"
     source = "PyramidKV, arXiv 2406.02069, section 4.2"
+    separate_heads = False  # it has numbers of its own for the layers
 
     steepness: float = 20.0
 

@@ -26,6 +26,7 @@ class StreamingLLM(SelectionMethod):
     name = "streaming_llm"
     summary = "the first tokens (attention sinks) and the newest ones"
     source = "StreamingLLM, arXiv 2309.17453, section 3.2"
+    separate_heads = True
 
     sinks: int = 4
 

@@ -23,6 +23,7 @@ class Uniform(SelectionMethod):
     name = "uniform"
     summary = "tokens at even distances: a baseline"
     source = "none"
+    separate_heads = True
 
     sinks: int = 4
 

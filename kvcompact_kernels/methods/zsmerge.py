@@ -32,6 +32,7 @@ class ZSMerge(Method):
     name = "zsmerge"
     summary = "heavy hitters and newest tokens; the others are merged into slots that count their members"
     source = "ZSMerge, arXiv 2503.10714"
+    separate_heads = True
 
     recent_share: float = 0.25
     residual_share: float = 0.25

@@ -248,6 +248,7 @@ def run_compaction(
     tokens = ids.shape[1]
     counts = [tokens] * ids.shape[0] if mask is None else mask.sum(1).tolist()
     bar = None
+    method.prepare(spec)
     compactor = Compactor(model, spec, method, ratio, slots, None, lambda: bar is not None and bar.update())
     for row, count in enumerate(counts):
         where = "" if len(counts) == 1 else f" (row {row})"
@@ -260,7 +261,6 @@ def run_compaction(
                 f"context{where} get {got}"
             )
         compactor._layer_slots(count)
-    method.prepare(spec)
     session = CompactSession(spec, compactor=compactor)
     twice = method.prefill_passes == 2
     modes = [(module, module.training) for module in model.modules()]
@@ -320,4 +320,4 @@ def _windows(session: CompactSession, spec: ModelSpec) -> dict[int, WindowBlock]
 def _options(method: Method) -> dict[str, Any]:
     """The method's options as they can be written to a file."""
     plain = (str, int, float, bool, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in vars(method).items() if not k.startswith("_")}
+    return {k: v if isinstance(v, plain) else str(v) for k, v in method.settings().items()}

@@ -8,6 +8,7 @@ _PUBLIC = {
     "train_cartridge": "cartridge",
     "train_kv_distill": "kv_distill",
     "train_selector": "selector",
+    "train_shares": "head_shares",
     "train_still": "still",
 }
 __all__ = list(_PUBLIC)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many slots each KV head of a model needs, measured for a selector that is trained.
+"""How many slots each KV head of a model needs, measured.
 
 At equal bytes it matters which heads the slots belong to: most heads lose nothing with a fraction of them, a few carry nearly
 all that a compact cache gets wrong. Which ones depends on the model far more than on the text, so it is measured once
@@ -9,21 +9,28 @@ all that a compact cache gets wrong. Which ones depends on the model far more th
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_int
 from ..cache import CompactBlock, CompactCache
-from ..methods import get_method
+from ..evaluation.store import Store
+from ..head_shares import HeadShares
+from ..methods import Method, get_method
 from ..model_spec import ModelSpec
-from ..patch.families import decoder
+from ..patch.compaction import check_compactable
+from ..patch.families import decoder, model_spec
 from ..patch.model import compact
 from ..patch.session import CompactSession
-from .data import Corpus, Recipe, collate, make_example, tail_means
+from ..version import __version__
+from .common import check_output, frozen, machine
+from .data import KINDS, Corpus, Recipe, collate, make_example, read_texts, tail_means
 from .distill import Targets, distillation_loss, hidden_states, teacher_targets
+from .loop import TrainingInterrupted
 
 RATIO, FACTS = 8, 3
 # of the slots at RATIO: what a head is given while all others keep theirs
@@ -33,59 +40,169 @@ FEWER, MORE = 0.4, 2.5
 LARGEST_COST, SMALLEST_SHARE = 0.5, 0.25
 
 
+@dataclass(frozen=True)
+class SharesOptions:
+    """What shares are measured on.
+
+    Attributes:
+        contexts: how many are read.
+        lengths: tokens of a context; one is drawn for each.
+        continuation: tokens of the text behind it that are read on.
+        chat: share of contexts in the chat template, for models that have one.
+        seed: of the contexts.
+    """
+
+    contexts: int = 8
+    lengths: tuple[int, ...] = (256, 384, 512, 768, 1024)
+    continuation: int = 64
+    chat: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        check_int("contexts", self.contexts, minimum=1)
+        check_int("continuation", self.continuation, minimum=2)
+        check_int("seed", self.seed, minimum=0)
+        if not self.lengths:
+            raise ValueError("lengths must not be empty")
+        for length in self.lengths:
+            check_int("lengths", length, minimum=16)
+        if isinstance(self.chat, bool) or not isinstance(self.chat, (int, float)):
+            raise TypeError(f"chat must be a number, got {type(self.chat).__name__}")
+        if not 0 <= self.chat <= 1:
+            raise ValueError(f"chat must be a share in [0, 1], got {self.chat}")
+
+    def recipe(self) -> Recipe:
+        """What an example is made of."""
+        return Recipe(dict.fromkeys(KINDS, 1.0), continuation=self.continuation, distractors=0, chat=self.chat)
+
+
+def train_shares(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    *,
+    out: str | Path,
+    method: str | Method = "attention_matching",
+    options: SharesOptions | None = None,
+    run_folder: str | Path | None = None,
+    progress: bool = False,
+) -> HeadShares:
+    """Measures how many slots each KV head of a model needs, or goes on with what ``run_folder`` holds.
+
+    Args:
+        model: of a supported family, on the device to measure on; it stays as it is.
+        tokenizer: the model's.
+        data: a folder of .txt and .md files, a file, or a sequence of texts.
+        out: the file, for the option ``shares`` of methods.
+        method: what contexts are compacted with meanwhile: one that treats all heads alike.
+        options: how many contexts, and which; default ``SharesOptions()``.
+        run_folder: for what was measured of each context; default is ``out`` with ``.run`` behind it.
+        progress: show a progress bar.
+
+    Raises:
+        UnsupportedModelError: a model of another family, without full-attention layers, or with another kind of RoPE.
+        ValueError, TypeError: bad options or data, a method whose heads do not stand apart, a folder of another measurement.
+        TrainingInterrupted: Ctrl-C; contexts that were finished are kept.
+        OSError: a file could not be written.
+    """
+    spec = model_spec(model)
+    check_compactable(spec)
+    options, method = options or SharesOptions(), check_method(get_method(method))
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given: facts are made of text")
+    method.prepare(spec)
+    out = check_output(out)
+    folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
+    corpus = Corpus(read_texts(data), tokenizer, spec.fingerprint["vocab_size"], 0.0)
+    corpus.check_length(max(options.lengths) + options.continuation)
+    info = {
+        "method": method.name,
+        "method_options": {name: str(value) for name, value in method.settings().items()},
+        "options": asdict(options) | {"lengths": list(options.lengths)},
+        "data": {"texts": corpus.digest, "tokenizer": corpus.key},
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    with frozen(model), Store(folder, info | {"model": spec.fingerprint}) as store:
+        try:
+            costs = head_costs(model, spec, method, corpus, options, progress=progress, store=store)
+        except KeyboardInterrupt as stop:
+            raise TrainingInterrupted(
+                f"interrupted after {len(store.rows)} of {options.contexts} contexts; the same call goes on from {folder}"
+            ) from stop
+    note = {"version": __version__, "documents": corpus.documents, "measured_on": machine(model.device)}
+    shares = HeadShares(shares_of(costs), spec.fingerprint, info | note)
+    shares.save(out)
+    return shares
+
+
+def check_method(method: Method) -> Method:
+    """Returns the method when shares can be measured with it; raises ValueError if not."""
+    if not method.separate_heads:
+        raise ValueError(
+            f"method must make each head's slots by themselves, and as many for each; {method.name!r} with these options does not"
+        )
+    return method
+
+
 @torch.no_grad()
-def measure_shares(
+def head_costs(
     model: Any,
     spec: ModelSpec,
-    weights: str | Path,
+    method: Method,
     corpus: Corpus,
-    recipe: Recipe,
-    lengths: Sequence[int],
-    contexts: int,
+    options: SharesOptions,
     *,
-    seed: int = 0,
     progress: bool = False,
-) -> tuple[tuple[float, ...], ...]:
-    """What ``SelectorConfig.shares`` should be.
+    store: Store | None = None,
+) -> Tensor:
+    """What each KV head's slots are worth, ``[contexts, layers, Hkv]``.
 
     A context is compacted at ratio 8, and read on from: text that follows, and questions on facts that were planted. Then one
     head after the other gets 0.4 and 2.5 times its slots while the others keep theirs. What that does to the KL from the full
-    cache, relative to what it was, is taken to be ``cost * (slots at ratio 8 / slots - 1)``. The sum of ``cost / slots`` over
-    the heads is least, at an equal number of slots, when they are proportional to ``sqrt(cost)``.
+    cache, relative to what it was, is taken to be ``cost * (slots at ratio 8 / slots - 1)``.
 
     Takes ``2 * layers * Hkv`` short forward passes a context, half a pass each on average.
 
     Args:
         model: patched and frozen.
-        weights: file of the selector.
-        corpus, recipe, lengths: what contexts are made of; a length is drawn for each.
-        contexts: how many.
-        seed: of the contexts.
+        method: treats all heads alike.
+        corpus, options: what contexts are made of.
         progress: show a progress bar.
-
-    Returns:
-        ``[layers][Hkv]``, of mean 1.
+        store: keeps each context's costs; what it has already is not measured again.
     """
     from tqdm import tqdm
 
-    method = get_method("still", weights=str(weights), shares="equal")
     full = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
-    cost = torch.zeros(len(full), spec.num_kv_heads)
-    with tqdm(total=contexts * cost.numel(), desc="slots per head", unit="head", disable=not progress) as bar:
-        for index in range(contexts):
-            draw = random.Random(f"{seed} shares {index}")
-            length = draw.choice(lengths)
-            example = make_example(corpus, corpus.train, recipe, length, draw, ["facts"] * FACTS + ["continuation"])
+    found = [torch.tensor(row["costs"]) for row in (store.rows if store else [])][: options.contexts]
+    heads = len(full) * spec.num_kv_heads
+    total, done = options.contexts * heads, len(found) * heads
+    with tqdm(total=total, initial=done, desc="slots per head", unit="head", disable=not progress) as bar:
+        for index in range(len(found), options.contexts):
+            draw = random.Random(f"{options.seed} shares {index}")
+            length = draw.choice(options.lengths)
+            kinds = ["facts"] * FACTS + ["continuation"]
+            example = make_example(corpus, corpus.train, options.recipe(), length, draw, kinds)
             ids = torch.tensor([example.context], device=model.device)
             slots = max(method.min_slots + 1, length // RATIO)
             counts = [max(method.min_slots, round(slots * factor)) for factor in (FEWER, 1, MORE)]
             caches = [compact(model, ids, method, slots=min(n, length)) for n in counts]
             student = _Student(model, spec, collate(example.tails, model.device), [t.kind for t in example.tails])
             student.teach(compact(model, ids, "full", ratio=1))
-            cost += student.costs(caches, full, counts, bar) / contexts
-    shares = cost.clamp(min=0).sqrt()
+            found.append(student.costs(caches, full, counts, bar))
+            if store:
+                store.append({"context": index, "length": length, "costs": found[-1].tolist()})
+    return torch.stack(found)
+
+
+def shares_of(costs: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Shares ``[layers][Hkv]`` of mean 1 from :func:`head_costs`.
+
+    The sum of ``cost / slots`` over the heads is least, at an equal number of slots, when slots are proportional to ``sqrt(cost)``.
+    """
+    shares = costs.mean(0).clamp(min=0).sqrt()
     if not shares.any():
-        return ((1.0,) * spec.num_kv_heads,) * len(full)
+        return ((1.0,) * shares.shape[1],) * shares.shape[0]
     shares = (shares / shares.mean()).clamp(min=SMALLEST_SHARE)
     return tuple(tuple(round(float(x), 3) for x in row) for row in shares / shares.mean())
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._checks import check_int
 from ..cache import CompactBlock, load_safetensors, save_safetensors
-from ..methods import LayerInput, Method
+from ..methods import LayerInput, Method, get_method
 from ..methods.attention_matching import own_attention
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
@@ -30,7 +30,7 @@ from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_f
 from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
-from .head_shares import measure_shares
+from .head_shares import SharesOptions, head_costs, shares_of
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
 from .questions import add_questions
 
@@ -201,18 +201,10 @@ def train_selector(
     selector.info = training_note(run, loop, options, identity["data"], corpus, device)
     selector.save(out, torch.bfloat16)
     if run.finished and options.shares:
+        method = get_method("still", weights=str(out), shares="equal")
+        measured = SharesOptions(options.shares, options.contexts, options.continuation, options.chat, loop.seed)
         with frozen(model):
-            shares = measure_shares(
-                model,
-                spec,
-                out,
-                corpus,
-                reader.recipe,
-                options.contexts,
-                options.shares,
-                seed=loop.seed,
-                progress=progress,
-            )
+            shares = shares_of(head_costs(model, spec, method, corpus, measured, progress=progress))
         selector.config = replace(selector.config, shares=shares)
         selector.save(out, torch.bfloat16)
     return SelectorResult(selector, out, run)

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from kvcompact_kernels.methods import LayerInput, get_method
-from kvcompact_kernels.model_spec import ModelSpec
 from kvcompact_kernels.reference.compact_attention import compact_attention
 from kvcompact_kernels.rope import Rope
-from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector
 
 
 def make_layer(tokens=90, batch=2, heads=6, kv_heads=2, dim=16, dtype=torch.float64):
@@ -98,48 +96,6 @@ def test_low_precision_stays_near_fp64():
     wide = output_error(layer, held_out, block.to(dtype=torch.float64))
     selected = output_error(layer, held_out, get_method("snapkv", sinks=0).compact_layer(layer, 20))
     assert wide[0] < 0.5 * selected[0]
-
-
-@pytest.fixture
-def selector_file(tmp_path):
-    """Writes a selector's file with these shares, for a model of two layers."""
-
-    def save(shares, **fingerprint):
-        config = SelectorConfig(head_dim=8, num_kv_heads=2, hidden=4, kernel=3, shares=shares)
-        path = tmp_path / "selector.safetensors"
-        TokenSelector(config, 2, {"family": "llama", **fingerprint}).save(path)
-        return str(path)
-
-    return save
-
-
-def test_heads_get_a_files_shares_of_the_slots(selector_file):
-    layer, _ = make_layer()
-    heads = layer.keys.shape[1]
-    method = get_method("attention_matching", shares=selector_file(((1.0, 3.0), (0.5, 0.5))))
-    assert method.budgets(20, 90, 2) == [32, 8]
-    block = method.compact_layer(layer, 20)
-    assert block.slot_counts.tolist() == [[10, 30]] * layer.keys.shape[0] and heads == 2
-    for head, count in enumerate((10, 30)):
-        alone = get_method("attention_matching").compact_layer(layer, count)
-        for b in range(layer.keys.shape[0]):
-            for got, wanted in zip(block.heads()[b][head], alone.heads()[b][head]):
-                torch.testing.assert_close(got, wanted)
-
-
-def test_files_without_shares_or_of_another_model_are_refused(selector_file):
-    with pytest.raises(ValueError, match="does not say how many slots each head needs"):
-        get_method("attention_matching", shares=selector_file(None))
-    path = selector_file(((1.0, 2.0), (1.0, 1.0)))
-    with pytest.raises(ValueError, match="shares must be None with keys='omp'"):
-        get_method("attention_matching", shares=path, keys="omp")
-    with pytest.raises(ValueError, match="second_options must leave out shares"):
-        get_method("compose", second_options={"shares": path})
-    spec = ModelSpec("qwen2", 2, 4, 2, 8, ("full",) * 2, (1.0,) * 2, {}, None, {"family": "qwen2"})
-    with pytest.raises(ValueError, match="trained for another model: family"):
-        get_method("attention_matching", shares=path).prepare(spec)
-    with pytest.raises(FileNotFoundError):
-        get_method("attention_matching", shares=path + ".none")
 
 
 @pytest.mark.parametrize("where", ["keys", "values", "queries"])

@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each KV head's slots are worth, measured on tiny models."""
 
+import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny_folder import tiny_tokenizer
+from tiny_folder import save_tiny_folder, tiny_tokenizer
 from tiny_models import tiny_model
 
 from kvcompact_kernels import compact, patch_model
 from kvcompact_kernels.cache import CompactBlock
+from kvcompact_kernels.cli import main
+from kvcompact_kernels.evaluation.store import StoreError
+from kvcompact_kernels.head_shares import HeadShares
+from kvcompact_kernels.methods import get_method
+from kvcompact_kernels.patch import is_patched
 from kvcompact_kernels.patch.families import model_spec
 from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector
-from kvcompact_kernels.training.data import KINDS, Corpus, Recipe, collate, make_example, read_texts
-from kvcompact_kernels.training.head_shares import _recorded, _starting, _Student, measure_shares
+from kvcompact_kernels.training import train_shares
+from kvcompact_kernels.training.data import Corpus, collate, make_example, read_texts
+from kvcompact_kernels.training.head_shares import (
+    SharesOptions,
+    _recorded,
+    _starting,
+    _Student,
+    head_costs,
+    shares_of,
+)
+from kvcompact_kernels.training.loop import TrainingInterrupted
 
 TEXT = " ".join(f"Sentence number {i} says that the bell rings {i * 7} times." for i in range(160))
-RECIPE = Recipe(dict.fromkeys(KINDS, 1.0), continuation=12, distractors=0, chat=0.5)
+OPTIONS = SharesOptions(contexts=2, lengths=(160, 200), continuation=12, chat=0.5)
 
 
 def save_selector(spec, path):
@@ -37,7 +52,9 @@ def parts(request, tmp_path):
 
 
 def measured(parts, contexts=2):
-    return measure_shares(*parts, RECIPE, (160, 200), contexts)
+    model, spec, weights, corpus = parts
+    method = get_method("still", weights=str(weights), shares="equal")
+    return shares_of(head_costs(model, spec, method, corpus, replace(OPTIONS, contexts=contexts)))
 
 
 def test_a_head_that_the_model_does_not_listen_to_gets_the_least(parts):
@@ -72,7 +89,7 @@ def test_it_depends_on_nothing_but_its_arguments_and_leaves_the_model_alone(part
 
 def test_layers_before_the_changed_one_need_not_run_again(parts):
     model, spec, weights, corpus = parts
-    example = make_example(corpus, corpus.train, RECIPE, 160, random.Random(3), ["facts", "continuation"])
+    example = make_example(corpus, corpus.train, OPTIONS.recipe(), 160, random.Random(3), ["facts", "continuation"])
     student = _Student(model, spec, collate(example.tails, "cpu"), [t.kind for t in example.tails])
     ids = torch.tensor([example.context])
     with torch.no_grad():
@@ -98,3 +115,78 @@ def test_where_nothing_depends_on_slots_all_heads_get_the_same(parts):
     save_selector(model_spec(model), weights)
     shares = measured((model, model_spec(model), weights, corpus), contexts=1)
     assert shares == ((1.0,) * spec.num_kv_heads,) * spec.layer_kinds.count("full")
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model("llama", torch.float32, vocab_size=261, max_position_embeddings=4096)
+
+
+def test_a_measurement_is_the_same_after_an_interruption(tiny, tmp_path, monkeypatch):
+    def train(out, **more):
+        return train_shares(tiny, tiny_tokenizer(), [TEXT], out=tmp_path / out, options=OPTIONS, **more)
+
+    whole = train("whole.json")
+    assert HeadShares.load(tmp_path / "whole.json") == whole and whole.info["method"] == "attention_matching"
+    assert not is_patched(tiny)
+    costs = _Student.costs
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return costs(self, *args)
+
+    monkeypatch.setattr(_Student, "costs", interrupted)
+    with pytest.raises(TrainingInterrupted, match="after 1 of 2 contexts"):
+        train("part.json")
+    assert not (tmp_path / "part.json").exists() and not is_patched(tiny)
+    assert train("part.json").shares == whole.shares and len(calls) == 3
+    # what was measured in another way is no beginning
+    with pytest.raises(StoreError, match="another configuration"):
+        train("part.json", method="snapkv")
+    assert HeadShares.load(tmp_path / "part.json").shares == whole.shares
+
+
+@pytest.mark.parametrize("method", ["pyramidkv", "still", "full", "adakv"])
+def test_methods_whose_heads_do_not_stand_apart_are_refused(tiny, tmp_path, method):
+    with pytest.raises(ValueError, match="each head's slots by themselves"):
+        train_shares(tiny, tiny_tokenizer(), [TEXT], out=tmp_path / "s.json", method=method, options=OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"contexts": 0}, "contexts"),
+        ({"lengths": ()}, "lengths must not be empty"),
+        ({"lengths": (8,)}, "lengths"),
+        ({"chat": 1.5}, "chat must be a share"),
+        ({"continuation": 1}, "continuation"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(OPTIONS, **change)
+
+
+def test_the_command_writes_a_file_that_methods_take(tmp_path, capsys):
+    folder, out = save_tiny_folder(tmp_path / "tiny"), tmp_path / "shares.json"
+    (tmp_path / "text.txt").write_text(TEXT)
+    fixed = ["train", "shares", "--model", folder, "--dtype", "float32", "--data", tmp_path / "text.txt", "--out", out]
+    small = ["--contexts", "1", "--context", "160", "-O", "continuation=12"]
+    assert main([str(a) for a in (*fixed, *small, "--json", "--quiet")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    shares = HeadShares.load(out)
+    assert result["heads"] == sum(map(len, shares.shares)) and result["contexts"] == 1
+    assert result["smallest"] <= 1 <= result["largest"] and 1 <= result["heads_with_half"] <= result["heads"]
+    (tmp_path / "d.txt").write_text("a" * 174)
+    command = ["compact", tmp_path / "d.txt", "--model", folder, "--method", "snapkv", "-O", f"shares={out}"]
+    assert main([str(a) for a in (*command, "--slots", "16", "--out", tmp_path / "d.kvc", "--quiet")]) == 0
+    assert "shares=None" not in capsys.readouterr().err
+    for wrong, message in ((["--method", "pyramidkv"], "each head's slots"), (["--context", "8"], "lengths")):
+        assert main([str(a) for a in (*fixed, *small, *wrong)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

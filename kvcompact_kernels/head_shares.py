@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many slots each KV head of a model gets, relative to the others, and the file that says so.
+
+At equal bytes it matters which heads the slots belong to. ``kvcompact train shares`` measures it, and every method that makes
+each head's slots by themselves takes the file as its option ``shares``.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .evaluation.store import write_atomically
+from .model_spec import ModelSpec, fingerprint_differences
+from .reference.selection import shared_counts
+
+FORMAT, FORMAT_VERSION = "kvcompact-head-shares", 1
+
+
+def check_shares(shares: Sequence[Sequence[float]], num_kv_heads: int | None = None) -> tuple[tuple[float, ...], ...]:
+    """``[layers][Hkv]`` as tuples.
+
+    Raises:
+        ValueError, TypeError: a row of another length than ``num_kv_heads`` (or than the first), or a share that is no
+            finite number above 0.
+    """
+    rows = tuple(tuple(row) for row in shares)
+    heads = num_kv_heads or (len(rows[0]) if rows else 0)
+    if not rows or not heads or any(len(row) != heads for row in rows):
+        raise ValueError(f"shares must have a number for each of the {heads or 'model’s'} KV heads of a layer")
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) for row in rows for x in row):
+        raise TypeError("shares must be numbers")
+    if not all(0 < share < math.inf for row in rows for share in row):
+        raise ValueError("shares must be finite and above 0")
+    return rows
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """The shares of one model.
+
+    Attributes:
+        shares: ``[layers][Hkv]`` over the compacted layers; only their proportions count.
+        fingerprint: of the model, see ``ModelSpec.fingerprint``.
+        info: how they were measured, as JSON values.
+    """
+
+    shares: tuple[tuple[float, ...], ...]
+    fingerprint: dict[str, Any]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "shares", check_shares(self.shares))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a JSON file, atomically.
+
+        Raises:
+            OSError: the folder is missing or the disk is full.
+        """
+        note = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        write_atomically(Path(path), (json.dumps(note, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HeadShares":
+        """Reads what :meth:`save` wrote, or what a token selector's file (``kvcompact train selector``) says of them.
+
+        Raises:
+            TypeError: ``path`` is no path.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, damaged, of another format or a newer version, or does not say any.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"shares must be a path, got {type(path).__name__}")
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if (
+            start[8:] == b"{"
+        ):  # of safetensors, whose header begins there; a JSON file of ours has a name's letter in its place
+            from .token_selector import TokenSelector
+
+            selector = TokenSelector.load(path)
+            if selector.config.shares is None:
+                raise ValueError(f"shares: {path} does not say how many slots each head needs")
+            return cls(selector.config.shares, selector.fingerprint, selector.info)
+        try:
+            note = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or holds no shares of slots: {error}") from error
+        if not isinstance(note, dict) or note.get("format") != FORMAT:
+            raise ValueError(f"{path} holds no shares of slots: its format is not {FORMAT!r}")
+        if note.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has version {note.get('version')!r} of its format, this library reads {FORMAT_VERSION}"
+            )
+        try:
+            return cls(note["shares"], dict(note["fingerprint"]), dict(note["info"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def check_model(self, spec: ModelSpec, where: str = "the shares") -> None:
+        """Raises ValueError unless they are for the model of ``spec``."""
+        different = fingerprint_differences(self.fingerprint, spec.fingerprint)
+        wanted = spec.layer_kinds.count("full"), spec.num_kv_heads
+        if (len(self.shares), len(self.shares[0])) != wanted:
+            different.append(
+                f"they are of {len(self.shares)} x {len(self.shares[0])} heads, the model has {wanted[0]} x {wanted[1]}"
+            )
+        if different:
+            raise ValueError(f"{where} was made for another model: {'; '.join(different)}")
+
+    def layers(self, slots: int, least: int, most: int) -> list[int]:
+        """Slots of each layer, per KV head, of mean ``slots`` and in ``[least, most]``."""
+        return shared_counts([sum(row) for row in self.shares], slots, len(self.shares), least, most)
+
+    def heads(self, layer_idx: int, slots: int, least: int, most: int) -> list[int]:
+        """Slots of each KV head of a layer, of mean ``slots`` and in ``[least, most]``."""
+        row = self.shares[layer_idx]
+        return shared_counts(row, slots, len(row), least, most)
