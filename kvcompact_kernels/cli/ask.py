@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cache = cache.to(loaded.model.device, loaded.model.dtype)
     with explained(ValueError, prefix=f"{args.file}: "):
         form = PromptFormat.from_json(note["prompt"]) if "prompt" in note else prompt_format(loaded.tokenizer)
-    tell(f"{cache.logical_length} tokens in {cache.num_slots} slots per head, compacted with {cache.method}")
+    tell(f"{cache.logical_length} tokens in {cache.num_slots} slots per head on average, compacted with {cache.method}")
     answers = []
     for question in args.questions:
         ids = torch.tensor([question_ids(loaded.tokenizer, form, question)], device=loaded.model.device)

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     if not args.json:
         print(
-            f"{out}: {cache.logical_length} tokens in {cache.num_slots} slots per head ({result['ratio']:.1f}x), "
+            f"{out}: {cache.logical_length} tokens in {cache.num_slots} slots per head on average ({result['ratio']:.1f}x), "
             f"{bytes_text(cache.logical_nbytes)} -> {bytes_text(cache.nbytes)}, {seconds:.1f} s"
         )
     return result

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not args.json:
             figures = ", ".join(f"{name} {value:.4f}" for name, value in (one.evaluation or {}).items())
             print(
-                f"{one.path}: {one.tokens} tokens in {args.slots} slots per head ({entry['ratio']:.1f}x), {one.steps} steps, "
+                f"{one.path}: {one.tokens} tokens in {args.slots} slots per head on average ({entry['ratio']:.1f}x), {one.steps} steps, "
                 f"held-out {figures or 'not measured'}"
             )
     return {"model": loaded.path, "cartridges": entries}
