@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="with options, as in snapkv:window=16 (attention_matching)",
     )
-    parser.add_argument("--contexts", type=int, default=8, metavar="N", help="that are read (8)")
+    parser.add_argument("--rounds", type=int, default=2, help="each begins with what the one before found (2)")
+    parser.add_argument("--contexts", type=int, default=8, metavar="N", help="that are read in each round (8)")
     parser.add_argument(
         "--context",
         default="256,384,512,768,1k",
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with usage_errors():
         options = SharesOptions(
             **{
+                "rounds": args.rounds,
                 "contexts": args.contexts,
                 "lengths": tuple(parse_lengths(args.context)),
                 "seed": args.seed,
@@ -89,7 +91,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     flat = sorted((x for row in made.shares for x in row), reverse=True)
     half = next(n for n in range(1, len(flat) + 1) if 2 * sum(flat[:n]) >= sum(flat))
     if not args.json:
-        print(f"{out}: {len(flat)} KV heads, from {options.contexts} contexts, {bytes_text(out.stat().st_size)}")
+        print(
+            f"{out}: {len(flat)} KV heads, from {options.rounds * options.contexts} contexts, {bytes_text(out.stat().st_size)}"
+        )
         print(f"half of all slots go to {half} heads; shares from {flat[-1]:.2f} to {flat[0]:.2f} of the mean")
     return {
         "file": str(out),
@@ -97,6 +101,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "heads_with_half": half,
         "smallest": flat[-1],
         "largest": flat[0],
-        "contexts": options.contexts,
+        "contexts": options.rounds * options.contexts,
         "model": loaded.path,
     }

@@ -19,17 +19,17 @@ class WithShares(Method):
 
     Attributes:
         method: one that has ``separate_heads``; it is given one head of a layer at a time.
-        shares: file of ``kvcompact train shares`` or ``train selector``.
+        shares: of the model, or a file of ``kvcompact train shares`` or ``train selector``.
     """
 
     summary = "a method with measured numbers of slots"
     source = "head budgets measured once per model, as in Attention Matching's code (arXiv 2602.16284)"
 
     method: Method
-    shares: str
+    shares: str | HeadShares
 
     def __post_init__(self):
-        self._shares = HeadShares.load(self.shares)
+        self._shares = self.shares if isinstance(self.shares, HeadShares) else HeadShares.load(self.shares)
 
     @property
     def name(self) -> str:

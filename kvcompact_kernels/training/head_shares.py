@@ -7,7 +7,7 @@ all that a compact cache gets wrong. Which ones depends on the model far more th
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..cache import CompactBlock, CompactCache
 from ..evaluation.store import Store
 from ..head_shares import HeadShares
 from ..methods import Method, get_method
+from ..methods._shares import WithShares
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
 from ..patch.families import decoder, model_spec
@@ -32,12 +33,16 @@ from .data import KINDS, Corpus, Recipe, collate, make_example, read_texts, tail
 from .distill import Targets, distillation_loss, hidden_states, teacher_targets
 from .loop import TrainingInterrupted
 
+Shares = tuple[tuple[float, ...], ...]
+
 RATIO, FACTS = 8, 3
 # of the slots at RATIO: what a head is given while all others keep theirs
 FEWER, MORE = 0.4, 2.5
 # A single context must not decide: of its KL, a head counts for so much at most. Nor must noise: no head gets less than a
 # quarter of the mean.
 LARGEST_COST, SMALLEST_SHARE = 0.5, 0.25
+# With more than this a head holds all of its tokens at RATIO even when it is given fewer, and there is nothing to measure.
+LARGEST_SHARE = 12.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,15 @@ class SharesOptions:
     """What shares are measured on.
 
     Attributes:
-        contexts: how many are read.
+        rounds: how often it is measured. The first time all heads have as many slots, then each has what the round before said.
+        contexts: how many are read in each round.
         lengths: tokens of a context; one is drawn for each.
         continuation: tokens of the text behind it that are read on.
         chat: share of contexts in the chat template, for models that have one.
         seed: of the contexts.
     """
 
+    rounds: int = 2
     contexts: int = 8
     lengths: tuple[int, ...] = (256, 384, 512, 768, 1024)
     continuation: int = 64
@@ -60,6 +67,7 @@ class SharesOptions:
 
     def __post_init__(self):
         object.__setattr__(self, "lengths", tuple(self.lengths))
+        check_int("rounds", self.rounds, minimum=1)
         check_int("contexts", self.contexts, minimum=1)
         check_int("continuation", self.continuation, minimum=2)
         check_int("seed", self.seed, minimum=0)
@@ -123,17 +131,22 @@ def train_shares(
         "data": {"texts": corpus.digest, "tokenizer": corpus.key},
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+    def with_shares(shares: Shares | None) -> Method:
+        return method if shares is None else WithShares(method, HeadShares(shares, spec.fingerprint))
+
     with frozen(model), Store(folder, info | {"model": spec.fingerprint}) as store:
         try:
-            costs = head_costs(model, spec, method, corpus, options, progress=progress, store=store)
+            shares = measure_shares(model, spec, with_shares, corpus, options, progress=progress, store=store)
         except KeyboardInterrupt as stop:
+            total = options.rounds * options.contexts
             raise TrainingInterrupted(
-                f"interrupted after {len(store.rows)} of {options.contexts} contexts; the same call goes on from {folder}"
+                f"interrupted after {len(store.rows)} of {total} contexts; the same call goes on from {folder}"
             ) from stop
     note = {"version": __version__, "documents": corpus.documents, "measured_on": machine(model.device)}
-    shares = HeadShares(shares_of(costs), spec.fingerprint, info | note)
-    shares.save(out)
-    return shares
+    made = HeadShares(shares, spec.fingerprint, info | note)
+    made.save(out)
+    return made
 
 
 def check_method(method: Method) -> Method:
@@ -146,65 +159,78 @@ def check_method(method: Method) -> Method:
 
 
 @torch.no_grad()
-def head_costs(
+def measure_shares(
     model: Any,
     spec: ModelSpec,
-    method: Method,
+    method_with: Callable[[Shares | None], Method],
     corpus: Corpus,
     options: SharesOptions,
     *,
     progress: bool = False,
     store: Store | None = None,
-) -> Tensor:
-    """What each KV head's slots are worth, ``[contexts, layers, Hkv]``.
+) -> Shares:
+    """Shares ``[layers][Hkv]``, of mean 1.
 
     A context is compacted at ratio 8, and read on from: text that follows, and questions on facts that were planted. Then one
     head after the other gets 0.4 and 2.5 times its slots while the others keep theirs. What that does to the KL from the full
-    cache, relative to what it was, is taken to be ``cost * (slots at ratio 8 / slots - 1)``.
+    cache, relative to what it was, is taken to be ``cost * (its slots / slots - 1)``: what the head adds to the KL goes as one
+    over its slots. The sum over the heads is least, at an equal number of slots, when their slots are proportional to the
+    square roots of what they would cost with one slot each. The next round begins with these shares: where a head needs many
+    times the mean, what 2.5 times the mean does says too little.
 
     Takes ``2 * layers * Hkv`` short forward passes a context, half a pass each on average.
 
     Args:
         model: patched and frozen.
-        method: treats all heads alike.
+        method_with: a method that gives heads these shares of the slots; for None, as many to each.
         corpus, options: what contexts are made of.
         progress: show a progress bar.
         store: keeps each context's costs; what it has already is not measured again.
     """
     from tqdm import tqdm
 
-    full = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
-    found = [torch.tensor(row["costs"]) for row in (store.rows if store else [])][: options.contexts]
-    heads = len(full) * spec.num_kv_heads
-    total, done = options.contexts * heads, len(found) * heads
-    with tqdm(total=total, initial=done, desc="slots per head", unit="head", disable=not progress) as bar:
-        for index in range(len(found), options.contexts):
-            draw = random.Random(f"{options.seed} shares {index}")
-            length = draw.choice(options.lengths)
-            kinds = ["facts"] * FACTS + ["continuation"]
-            example = make_example(corpus, corpus.train, options.recipe(), length, draw, kinds)
-            ids = torch.tensor([example.context], device=model.device)
-            slots = max(method.min_slots + 1, length // RATIO)
-            counts = [max(method.min_slots, round(slots * factor)) for factor in (FEWER, 1, MORE)]
-            caches = [compact(model, ids, method, slots=min(n, length)) for n in counts]
-            student = _Student(model, spec, collate(example.tails, model.device), [t.kind for t in example.tails])
-            student.teach(compact(model, ids, "full", ratio=1))
-            found.append(student.costs(caches, full, counts, bar))
-            if store:
-                store.append({"context": index, "length": length, "costs": found[-1].tolist()})
-    return torch.stack(found)
+    heads = spec.layer_kinds.count("full") * spec.num_kv_heads
+    rows = [torch.tensor(row["costs"]) for row in (store.rows if store else [])]
+    shares = None
+    total = options.rounds * options.contexts * heads
+    with tqdm(total=total, initial=len(rows) * heads, desc="slots per head", unit="head", disable=not progress) as bar:
+        for number in range(options.rounds):
+            method, found = method_with(shares), []
+            for index in range(number * options.contexts, (number + 1) * options.contexts):
+                if index == len(rows):
+                    rows.append(_context_costs(model, spec, method, corpus, options, index, bar))
+                    if store:
+                        store.append({"context": index, "costs": rows[-1].tolist()})
+                found.append(rows[index])
+            cost = torch.stack(found).mean(0).clamp(min=0)
+            shares = _shares(cost if shares is None else cost * torch.tensor(shares))
+    return shares
 
 
-def shares_of(costs: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Shares ``[layers][Hkv]`` of mean 1 from :func:`head_costs`.
-
-    The sum of ``cost / slots`` over the heads is least, at an equal number of slots, when slots are proportional to ``sqrt(cost)``.
-    """
-    shares = costs.mean(0).clamp(min=0).sqrt()
-    if not shares.any():
-        return ((1.0,) * shares.shape[1],) * shares.shape[0]
-    shares = (shares / shares.mean()).clamp(min=SMALLEST_SHARE)
+def _shares(cost: Tensor) -> Shares:
+    """In proportion to the square root of what a head would cost with the mean number of slots, ``[layers, Hkv]``."""
+    if not cost.any():
+        return ((1.0,) * cost.shape[1],) * cost.shape[0]
+    shares = cost.sqrt()
+    shares = (shares / shares.mean()).clamp(SMALLEST_SHARE, LARGEST_SHARE)
     return tuple(tuple(round(float(x), 3) for x in row) for row in shares / shares.mean())
+
+
+def _context_costs(
+    model: Any, spec: ModelSpec, method: Method, corpus: Corpus, options: SharesOptions, index: int, bar: Any
+) -> Tensor:
+    """``[layers, Hkv]``: what the slots that each head has are worth, in context ``index``."""
+    draw = random.Random(f"{options.seed} shares {index}")
+    length = draw.choice(options.lengths)
+    kinds = ["facts"] * FACTS + ["continuation"]
+    example = make_example(corpus, corpus.train, options.recipe(), length, draw, kinds)
+    ids = torch.tensor([example.context], device=model.device)
+    slots = max(method.min_slots + 1, length // RATIO)
+    counts = [max(method.min_slots, round(slots * factor)) for factor in (FEWER, 1, MORE)]
+    caches = [compact(model, ids, method, slots=min(n, length)) for n in counts]
+    student = _Student(model, spec, collate(example.tails, model.device), [t.kind for t in example.tails])
+    student.teach(compact(model, ids, "full", ratio=1))
+    return student.costs(caches, [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"], bar)
 
 
 class _Student:
@@ -231,11 +257,12 @@ class _Student:
         kinds = list(dict.fromkeys(self.kinds))
         return torch.stack([means[[k == kind for k in self.kinds]].mean() for kind in kinds])
 
-    def costs(self, caches: Sequence[CompactCache], full: Sequence[int], counts: Sequence[int], bar: Any) -> Tensor:
+    def costs(self, caches: Sequence[CompactCache], full: Sequence[int], bar: Any) -> Tensor:
         """``[layers, Hkv]``: cost of each head, summed over the kinds of tails; ``caches`` have fewer, usual and more slots."""
         usual = caches[1]
         blocks = [[cache.layers[i].heads()[0] for i in full] for cache in caches]
-        x = torch.tensor([counts[1] / counts[0] - 1, counts[1] / counts[2] - 1], dtype=torch.float64)
+        slots = torch.stack([torch.stack([cache.layers[i].slot_counts[0] for i in full]) for cache in caches]).double()
+        x = slots[1] / slots[::2] - 1  # of a head with all tokens less than what was asked for
         costs = torch.zeros(len(full), self.spec.num_kv_heads)
         with _recorded(self.layers) as outputs:
             before = self.kl(usual)
@@ -251,7 +278,10 @@ class _Student:
                         changes.append(
                             (self.kl(replace(usual, layers=tuple(layers))) - before) / before.clamp(min=1e-4)
                         )
-                    found = (x[:, None] * torch.stack(changes).double().cpu()).sum(0) / x.square().sum().clamp(min=1e-9)
+                    at = x[:, number, head]
+                    found = (at[:, None] * torch.stack(changes).double().cpu()).sum(0) / at.square().sum().clamp(
+                        min=1e-9
+                    )
                     costs[number, head] = found.clamp(max=LARGEST_COST).sum()
                     bar.update()
         return costs

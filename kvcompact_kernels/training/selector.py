@@ -30,7 +30,7 @@ from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_f
 from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
-from .head_shares import SharesOptions, head_costs, shares_of
+from .head_shares import SharesOptions, measure_shares
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
 from .questions import add_questions
 
@@ -54,7 +54,8 @@ class SelectorOptions:
         held_out: share of each document's end that is not trained on.
         sinks: first tokens of a context that are left out: they are kept in any case.
         batch: contexts of a step.
-        shares: contexts on which it is measured, after training, how many slots each KV head needs; 0 for equal numbers.
+        shares: contexts of each of two rounds in which it is measured, after training, how many slots each KV head needs; 0
+            for equal numbers.
     """
 
     contexts: tuple[int, ...] = (256, 384, 512, 512, 768, 1024, 2048)
@@ -201,12 +202,23 @@ def train_selector(
     selector.info = training_note(run, loop, options, identity["data"], corpus, device)
     selector.save(out, torch.bfloat16)
     if run.finished and options.shares:
-        method = get_method("still", weights=str(out), shares="equal")
-        measured = SharesOptions(options.shares, options.contexts, options.continuation, options.chat, loop.seed)
+        measured = SharesOptions(
+            contexts=options.shares,
+            lengths=options.contexts,
+            continuation=options.continuation,
+            chat=options.chat,
+            seed=loop.seed,
+        )
+
+        def with_shares(shares: Any) -> Method:
+            if shares is None:
+                return get_method("still", weights=str(out), shares="equal")
+            selector.config = replace(selector.config, shares=shares)
+            selector.save(out, torch.bfloat16)
+            return get_method("still", weights=str(out))
+
         with frozen(model):
-            shares = shares_of(head_costs(model, spec, method, corpus, measured, progress=progress))
-        selector.config = replace(selector.config, shares=shares)
-        selector.save(out, torch.bfloat16)
+            with_shares(measure_shares(model, spec, with_shares, corpus, measured, progress=progress))
     return SelectorResult(selector, out, run)
 
 

@@ -4,6 +4,7 @@
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,23 +17,24 @@ from kvcompact_kernels.cli import main
 from kvcompact_kernels.evaluation.store import StoreError
 from kvcompact_kernels.head_shares import HeadShares
 from kvcompact_kernels.methods import get_method
+from kvcompact_kernels.methods._shares import WithShares
 from kvcompact_kernels.patch import is_patched
 from kvcompact_kernels.patch.families import model_spec
 from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector
-from kvcompact_kernels.training import train_shares
+from kvcompact_kernels.training import head_shares, train_shares
 from kvcompact_kernels.training.data import Corpus, collate, make_example, read_texts
 from kvcompact_kernels.training.head_shares import (
+    LARGEST_COST,
     SharesOptions,
     _recorded,
     _starting,
     _Student,
-    head_costs,
-    shares_of,
+    measure_shares,
 )
 from kvcompact_kernels.training.loop import TrainingInterrupted
 
 TEXT = " ".join(f"Sentence number {i} says that the bell rings {i * 7} times." for i in range(160))
-OPTIONS = SharesOptions(contexts=2, lengths=(160, 200), continuation=12, chat=0.5)
+OPTIONS = SharesOptions(rounds=2, contexts=1, lengths=(160, 200), continuation=12, chat=0.5)
 
 
 def save_selector(spec, path):
@@ -51,10 +53,24 @@ def parts(request, tmp_path):
     return model, spec, tmp_path / "s.safetensors", corpus
 
 
-def measured(parts, contexts=2):
+def still_with(weights):
+    """``still`` with the shares that are given, in a file's selector."""
+
+    def method_with(shares):
+        if shares is None:
+            return get_method("still", weights=str(weights), shares="equal")
+        selector = TokenSelector.load(weights)
+        selector.config = replace(selector.config, shares=shares)
+        selector.save(weights)
+        return get_method("still", weights=str(weights))
+
+    return method_with
+
+
+def measured(parts, rounds=1, contexts=2):
     model, spec, weights, corpus = parts
-    method = get_method("still", weights=str(weights), shares="equal")
-    return shares_of(head_costs(model, spec, method, corpus, replace(OPTIONS, contexts=contexts)))
+    options = replace(OPTIONS, rounds=rounds, contexts=contexts)
+    return measure_shares(model, spec, still_with(weights), corpus, options)
 
 
 def test_a_head_that_the_model_does_not_listen_to_gets_the_least(parts):
@@ -176,7 +192,7 @@ def test_the_command_writes_a_file_that_methods_take(tmp_path, capsys):
     folder, out = save_tiny_folder(tmp_path / "tiny"), tmp_path / "shares.json"
     (tmp_path / "text.txt").write_text(TEXT)
     fixed = ["train", "shares", "--model", folder, "--dtype", "float32", "--data", tmp_path / "text.txt", "--out", out]
-    small = ["--contexts", "1", "--context", "160", "-O", "continuation=12"]
+    small = ["--rounds", "1", "--contexts", "1", "--context", "160", "-O", "continuation=12"]
     assert main([str(a) for a in (*fixed, *small, "--json", "--quiet")]) == 0
     result = json.loads(capsys.readouterr().out)
     shares = HeadShares.load(out)
@@ -190,3 +206,58 @@ def test_the_command_writes_a_file_that_methods_take(tmp_path, capsys):
         assert main([str(a) for a in (*fixed, *small, *wrong)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_a_cost_is_what_a_head_adds_to_the_kl(parts, monkeypatch):
+    """With a KL that is a sum of ``c / slots`` over the heads the measurement finds each summand, also of heads whose slots
+    are bounded by the tokens that there are, or by the fewest that a method works with."""
+    model, spec, _, _ = parts
+    full = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
+    each = 1e-3 * (1 + torch.arange(len(full) * spec.num_kv_heads).reshape(len(full), -1))
+
+    def kl(self, cache):
+        counts = torch.stack([cache.layers[i].slot_counts[0] for i in full])
+        return (each / counts).sum().reshape(1)
+
+    monkeypatch.setattr(_Student, "kl", kl)
+    shares = HeadShares(((4.0, 0.1),) + ((1.0, 1.0),) * (len(full) - 1), spec.fingerprint)
+    method, ids = WithShares(get_method("snapkv"), shares), torch.arange(1, 61)[None]
+    caches = [compact(model, ids, method, slots=n) for n in (6, 15, 37)]
+    counts = torch.stack([caches[1].layers[i].slot_counts[0] for i in full])
+    assert caches[2].layers[full[0]].slot_counts.max() == 60 and caches[0].layers[full[0]].slot_counts.min() == 5
+    assert counts.max() > 3 * counts.min()
+    student = _Student(model, spec, (torch.zeros(1, 2, dtype=torch.int64),) * 3, ["facts"])
+    wanted = each / counts / (each / counts).sum()
+    got = student.costs(caches, full, SimpleNamespace(update=lambda: None))
+    torch.testing.assert_close(got, wanted.clamp(max=LARGEST_COST).float(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_round_begins_with_the_shares_of_the_one_before(parts, monkeypatch):
+    model, spec, _, corpus = parts
+    each = torch.arange(1.0, 41).reshape(20, 2) ** 2
+    each[0, 0] = 2 * each.sum()  # more than one context may say of a head, at equal numbers
+    given = []
+
+    def method_with(shares):
+        given.append(shares)
+        return get_method("snapkv")
+
+    def costs(*args):
+        adds = each if given[-1] is None else each / torch.tensor(given[-1])
+        return (adds / adds.sum()).clamp(max=LARGEST_COST)
+
+    monkeypatch.setattr(head_shares, "_context_costs", costs)
+    found = [measure_shares(model, spec, method_with, corpus, replace(OPTIONS, rounds=rounds)) for rounds in (1, 2)]
+    assert given == [None, None, found[0]]
+    best = torch.tensor(head_shares._shares(each))
+    assert best[0, 0] < head_shares.LARGEST_SHARE
+    errors = [(torch.tensor(x).log() - best.log()).abs().max() for x in found]
+    assert errors[0] > 0.1 and errors[1] < 0.01
+
+
+def test_shares_have_bounds():
+    cost = torch.tensor([[1e6, 1.0], [1.0, -1.0]]).expand(20, 2, 2).reshape(40, 2).clone()
+    cost[1:, 0] = 1.0
+    shares = torch.tensor(head_shares._shares(cost.clamp(min=0)))
+    assert shares.mean().item() == pytest.approx(1, abs=0.01)
+    assert shares.max() / shares.min() <= head_shares.LARGEST_SHARE / head_shares.SMALLEST_SHARE * 1.01
