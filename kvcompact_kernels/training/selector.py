@@ -54,8 +54,7 @@ class SelectorOptions:
         held_out: share of each document's end that is not trained on.
         sinks: first tokens of a context that are left out: they are kept in any case.
         batch: contexts of a step.
-        shares: contexts of each of two rounds in which it is measured, after training, how many slots each KV head needs; 0
-            for equal numbers.
+        shares: contexts on which it is measured, after training, how many slots each KV head needs; 0 for equal numbers.
     """
 
     contexts: tuple[int, ...] = (256, 384, 512, 512, 768, 1024, 2048)
@@ -203,22 +202,18 @@ def train_selector(
     selector.save(out, torch.bfloat16)
     if run.finished and options.shares:
         measured = SharesOptions(
+            rounds=1,  # a second one made no difference to ``still``
             contexts=options.shares,
             lengths=options.contexts,
             continuation=options.continuation,
             chat=options.chat,
             seed=loop.seed,
         )
-
-        def with_shares(shares: Any) -> Method:
-            if shares is None:
-                return get_method("still", weights=str(out), shares="equal")
-            selector.config = replace(selector.config, shares=shares)
-            selector.save(out, torch.bfloat16)
-            return get_method("still", weights=str(out))
-
+        equal = get_method("still", weights=str(out), shares="equal")
         with frozen(model):
-            with_shares(measure_shares(model, spec, with_shares, corpus, measured, progress=progress))
+            shares = measure_shares(model, spec, lambda _: equal, corpus, measured, progress=progress)
+        selector.config = replace(selector.config, shares=shares)
+        selector.save(out, torch.bfloat16)
     return SelectorResult(selector, out, run)
 
 

@@ -53,24 +53,10 @@ def parts(request, tmp_path):
     return model, spec, tmp_path / "s.safetensors", corpus
 
 
-def still_with(weights):
-    """``still`` with the shares that are given, in a file's selector."""
-
-    def method_with(shares):
-        if shares is None:
-            return get_method("still", weights=str(weights), shares="equal")
-        selector = TokenSelector.load(weights)
-        selector.config = replace(selector.config, shares=shares)
-        selector.save(weights)
-        return get_method("still", weights=str(weights))
-
-    return method_with
-
-
-def measured(parts, rounds=1, contexts=2):
+def measured(parts, contexts=2):
     model, spec, weights, corpus = parts
-    options = replace(OPTIONS, rounds=rounds, contexts=contexts)
-    return measure_shares(model, spec, still_with(weights), corpus, options)
+    equal = get_method("still", weights=str(weights), shares="equal")
+    return measure_shares(model, spec, lambda _: equal, corpus, replace(OPTIONS, rounds=1, contexts=contexts))
 
 
 def test_a_head_that_the_model_does_not_listen_to_gets_the_least(parts):
