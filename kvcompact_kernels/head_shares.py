@@ -28,9 +28,11 @@ def check_shares(shares: Sequence[Sequence[float]], num_kv_heads: int | None = N
             finite number above 0.
     """
     rows = tuple(tuple(row) for row in shares)
-    heads = num_kv_heads or (len(rows[0]) if rows else 0)
-    if not rows or not heads or any(len(row) != heads for row in rows):
-        raise ValueError(f"shares must have a number for each of the {heads or 'model’s'} KV heads of a layer")
+    if not rows or not rows[0]:
+        raise ValueError("shares must not be empty")
+    heads = num_kv_heads or len(rows[0])
+    if any(len(row) != heads for row in rows):
+        raise ValueError(f"shares must have a number for each of the {heads} KV heads of a layer")
     if any(isinstance(x, bool) or not isinstance(x, (int, float)) for row in rows for x in row):
         raise TypeError("shares must be numbers")
     if not all(0 < share < math.inf for row in rows for share in row):
