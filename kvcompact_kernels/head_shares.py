@@ -78,10 +78,8 @@ class HeadShares:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"shares must be a path, got {type(path).__name__}")
         with open(path, "rb") as file:
-            start = file.read(9)
-        if (
-            start[8:] == b"{"
-        ):  # of safetensors, whose header begins there; a JSON file of ours has a name's letter in its place
+            ninth = file.read(9)[8:]
+        if ninth == b"{":  # where the header of safetensors begins
             from .token_selector import TokenSelector
 
             selector = TokenSelector.load(path)

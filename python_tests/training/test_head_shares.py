@@ -199,7 +199,7 @@ def test_a_cost_is_what_a_head_adds_to_the_kl(parts, monkeypatch):
     are bounded by the tokens that there are, or by the fewest that a method works with."""
     model, spec, _, _ = parts
     full = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
-    each = 1e-3 * (1 + torch.arange(len(full) * spec.num_kv_heads).reshape(len(full), -1))
+    each = 1e-3 * (1 + torch.arange(len(full) * spec.num_kv_heads, dtype=torch.float64).reshape(len(full), -1))
 
     def kl(self, cache):
         counts = torch.stack([cache.layers[i].slot_counts[0] for i in full])
@@ -215,7 +215,7 @@ def test_a_cost_is_what_a_head_adds_to_the_kl(parts, monkeypatch):
     student = _Student(model, spec, (torch.zeros(1, 2, dtype=torch.int64),) * 3, ["facts"])
     wanted = each / counts / (each / counts).sum()
     got = student.costs(caches, full, SimpleNamespace(update=lambda: None))
-    torch.testing.assert_close(got, wanted.clamp(max=LARGEST_COST).float(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(got, wanted.clamp(max=LARGEST_COST).float())
 
 
 def test_a_round_begins_with_the_shares_of_the_one_before(parts, monkeypatch):
