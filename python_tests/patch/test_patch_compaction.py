@@ -255,6 +255,24 @@ def manual_chunks(model, prompt, limit, new_tokens):
     return out, session
 
 
+def test_budgets_know_what_prepare_has_read():
+    """A method may read its weights, which say how many slots a layer gets, when it meets the model."""
+
+    class Prepared(Every):
+        def prepare(self, spec):
+            self.read = True
+
+        def budgets(self, slots, num_tokens, num_layers):
+            return [slots + 4, slots - 4] if hasattr(self, "read") else [slots, slots]
+
+    model = tiny_model("llama")
+    cache = kc.compact(model, tiny_ids(1, CONTEXT), Prepared(), slots=10)
+    assert [block.num_slots for block in cache.layers] == [14, 6]
+    kc.patch_model(model, Prepared(), slots=10, compact_over=30)
+    out = model.generate(tiny_ids(1, CONTEXT), max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert [layer.block.num_slots for layer in out.past_key_values.layers] == [14, 6]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_automatic_compaction(family):
     model = tiny_model(family)
