@@ -55,7 +55,6 @@ class Compose(Method):
         for name in ("first_options", "second_options"):
             if not isinstance(getattr(self, name), dict):
                 raise TypeError(f"{name} must be a dict of options, got {type(getattr(self, name)).__name__}")
-        for name in ("first_options", "second_options"):
             if getattr(self, name).get(SHARES) is not None:
                 raise ValueError(f"{name} must leave out {SHARES}: give it to compose itself")
         self._first = get_method(self.first, **self.first_options)

@@ -230,7 +230,7 @@ def _context_costs(
     caches = [compact(model, ids, method, slots=min(n, length)) for n in counts]
     student = _Student(model, spec, collate(example.tails, model.device), [t.kind for t in example.tails])
     student.teach(compact(model, ids, "full", ratio=1))
-    return student.costs(caches, [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"], bar)
+    return student.costs(caches, bar)
 
 
 class _Student:
@@ -257,12 +257,14 @@ class _Student:
         kinds = list(dict.fromkeys(self.kinds))
         return torch.stack([means[[k == kind for k in self.kinds]].mean() for kind in kinds])
 
-    def costs(self, caches: Sequence[CompactCache], full: Sequence[int], bar: Any) -> Tensor:
+    def costs(self, caches: Sequence[CompactCache], bar: Any) -> Tensor:
         """``[layers, Hkv]``: cost of each head, summed over the kinds of tails; ``caches`` have fewer, usual and more slots."""
         usual = caches[1]
+        full = [i for i, kind in enumerate(self.spec.layer_kinds) if kind == "full"]
         blocks = [[cache.layers[i].heads()[0] for i in full] for cache in caches]
         slots = torch.stack([torch.stack([cache.layers[i].slot_counts[0] for i in full]) for cache in caches]).double()
         x = slots[1] / slots[::2] - 1  # of a head with all tokens less than what was asked for
+        slope = x / x.square().sum(0).clamp(min=1e-9)  # of the line through the origin that fits changes at x best
         costs = torch.zeros(len(full), self.spec.num_kv_heads)
         with _recorded(self.layers) as outputs:
             before = self.kl(usual)
@@ -278,10 +280,7 @@ class _Student:
                         changes.append(
                             (self.kl(replace(usual, layers=tuple(layers))) - before) / before.clamp(min=1e-4)
                         )
-                    at = x[:, number, head]
-                    found = (at[:, None] * torch.stack(changes).double().cpu()).sum(0) / at.square().sum().clamp(
-                        min=1e-9
-                    )
+                    found = slope[:, number, head] @ torch.stack(changes).double().cpu()
                     costs[number, head] = found.clamp(max=LARGEST_COST).sum()
                     bar.update()
         return costs

@@ -214,7 +214,7 @@ def test_a_cost_is_what_a_head_adds_to_the_kl(parts, monkeypatch):
     assert counts.max() > 3 * counts.min()
     student = _Student(model, spec, (torch.zeros(1, 2, dtype=torch.int64),) * 3, ["facts"])
     wanted = each / counts / (each / counts).sum()
-    got = student.costs(caches, full, SimpleNamespace(update=lambda: None))
+    got = student.costs(caches, SimpleNamespace(update=lambda: None))
     torch.testing.assert_close(got, wanted.clamp(max=LARGEST_COST).float())
 
 
