@@ -15,7 +15,7 @@ from typing import Any
 
 from .evaluation.store import write_atomically
 from .model_spec import ModelSpec, fingerprint_differences
-from .reference.selection import shared_counts
+from .reference.selection import proportional_counts
 
 FORMAT, FORMAT_VERSION = "kvcompact-head-shares", 1
 
@@ -82,10 +82,10 @@ class HeadShares:
         if ninth == b"{":  # where the header of safetensors begins
             from .token_selector import TokenSelector
 
-            selector = TokenSelector.load(path)
-            if selector.config.shares is None:
+            found = TokenSelector.load(path).head_shares
+            if found is None:
                 raise ValueError(f"shares: {path} does not say how many slots each head needs")
-            return cls(selector.config.shares, selector.fingerprint, selector.info)
+            return found
         try:
             note = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -114,9 +114,9 @@ class HeadShares:
 
     def layers(self, slots: int, least: int, most: int) -> list[int]:
         """Slots of each layer, per KV head, of mean ``slots`` and in ``[least, most]``."""
-        return shared_counts([sum(row) for row in self.shares], slots, len(self.shares), least, most)
+        return proportional_counts(slots * len(self.shares), [sum(row) for row in self.shares], least, most)
 
     def heads(self, layer_idx: int, slots: int, least: int, most: int) -> list[int]:
         """Slots of each KV head of a layer, of mean ``slots`` and in ``[least, most]``."""
         row = self.shares[layer_idx]
-        return shared_counts(row, slots, len(row), least, most)
+        return proportional_counts(slots * len(row), row, least, most)

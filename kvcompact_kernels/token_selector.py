@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_int
-from .head_shares import check_shares
+from .head_shares import HeadShares, check_shares
 from .layer_networks import LayerNetworks
 from .model_spec import ModelSpec
 
@@ -203,6 +203,11 @@ class TokenSelector(TokenReader):
         if config.shares is not None and len(config.shares) != num_layers:
             raise ValueError(f"shares must have a row for each of the {num_layers} layers, got {len(config.shares)}")
         super().__init__(config, num_layers, *args, **kwargs)
+
+    @property
+    def head_shares(self) -> HeadShares | None:
+        """The config's shares; None where all heads get the same."""
+        return self.config.shares and HeadShares(self.config.shares, self.fingerprint, self.info)
 
     def forward(self, layer_idx: int, features: Tensor, log_attention: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of the attention that each token is expected to get in compacted layer ``layer_idx``.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .._checks import check_choice, check_int
 from ..cache import CompactBlock, safetensors_formats
+from ..head_shares import HeadShares
 from ..layer_networks import LayerNetworks
 from ..model_spec import ModelSpec
 from ..ops.still_compaction import still_compaction
 from ..reference import matching
-from ..reference.selection import shared_counts
 from ..rope import Rope
 from ..still_config import StillConfig, init_still_parameters, still_parameter_shapes
 from ..token_selector import MAX_QUERIES, TokenSelector, token_features
@@ -191,11 +191,11 @@ class Still(Method):
         # of a layer's slots the first chunk, the shortest, must get enough
         first = num_tokens if self.chunk is None else self._chunks(num_tokens, slots)[0]
         least = min(slots, -(-self.min_slots * num_tokens // first))
-        return shared_counts([sum(row) for row in shares], slots, num_layers, least, num_tokens)
+        return shares.layers(slots, least, num_tokens)
 
-    def _shares(self) -> tuple[tuple[float, ...], ...] | None:
+    def _shares(self) -> HeadShares | None:
         selects = isinstance(self._trained, TokenSelector) and self.shares != "equal"
-        return self._trained.config.shares if selects else None
+        return self._trained.head_shares if selects else None
 
     @torch.no_grad()
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
@@ -226,9 +226,10 @@ class Still(Method):
         selector = self._trained.to(layer.keys.device)
         scores = selector.scores(layer.layer_idx, seen.keys, seen.part.values, seen.attention, self.recall_weight)
         shares = self._shares() if self.shares == "heads" else None
-        row = None if shares is None else shares[layer.layer_idx]
-        least = min(slots, 1 if seen.before else sinks + 1)
-        counts = shared_counts(row, slots, layer.keys.shape[1], least, end - start)
+        counts = [slots] * layer.keys.shape[1]
+        if shares is not None:
+            least = min(slots, 1 if seen.before else sinks + 1)
+            counts = shares.heads(layer.layer_idx, slots, least, end - start)
         return fit_best(
             seen.part, seen.queries, seen.outputs, seen.lse, scores, counts, self.mass_ridge, self.value_ridge,
             first=sinks, before=seen.before,

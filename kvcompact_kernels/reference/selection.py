@@ -250,11 +250,6 @@ def proportional_counts(total: int, weights: Sequence[float], minimum: int, maxi
     return counts
 
 
-def shared_counts(shares: Sequence[float] | None, slots: int, count: int, least: int, most: int) -> list[int]:
-    """Slots of ``count`` heads (or layers), of mean ``slots``: by ``shares`` in ``[least, most]``, or for None all the same."""
-    return [slots] * count if shares is None else proportional_counts(slots * count, shares, least, most)
-
-
 def expected_attention_scores(
     mean: Tensor, covariance: Tensor, keys: Tensor, values: Tensor, scale: float, epsilon: float
 ) -> Tensor:

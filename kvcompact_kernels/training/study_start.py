@@ -24,7 +24,7 @@ from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
 from ..patch.families import decoder
 from ..reference import matching
-from ..reference.selection import shared_counts
+from ..reference.selection import proportional_counts
 from ..token_selector import TokenSelector
 from .attention import Recorder, received_attention
 from .self_study import RECALL, Conversation
@@ -123,8 +123,9 @@ def _slot_counts(
 ) -> list[list[int]]:
     """Slots of each compacted layer and KV head; their mean is ``slots``."""
     heads, layers = spec.num_kv_heads, spec.layer_kinds.count("full")
-    flat = None if shares is None else [share for row in shares for share in row]
-    counts = shared_counts(flat, slots, layers * heads, least, most)
+    if shares is None:
+        return [[slots] * heads] * layers
+    counts = proportional_counts(slots * layers * heads, [share for row in shares for share in row], least, most)
     return [counts[i : i + heads] for i in range(0, len(counts), heads)]
 
 
