@@ -41,6 +41,7 @@ class PatchState:
     # instance attributes that stood where the patched ones stand
     replaced: dict[str, Any] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
+    in_session: bool = False  # whether the pass that runs, or the last one, reads a compact cache
 
 
 def patch_model(
@@ -198,6 +199,9 @@ def _patch(
     base = decoder(model)
     state.hooks.append(base.register_forward_pre_hook(functools.partial(_before, state), with_kwargs=True))
     state.hooks.append(base.register_forward_hook(_after, with_kwargs=True, always_call=True))
+    head = model.get_output_embeddings()
+    if head is not None:
+        state.hooks.append(head.register_forward_pre_hook(functools.partial(_before_head, state)))
     model.__dict__[_STATE] = state
     # partial, not a closure or a bound method: deepcopy and pickle give the copy a function of its own
     for name, function in (("generate", _generate), ("compact", _compact)):
@@ -258,6 +262,7 @@ def _before(state: PatchState, base: nn.Module, args: tuple, kwargs: dict[str, A
     if isinstance(past, CompactCache):
         past = kwargs["past_key_values"] = new_session(base, state, past)
     route = kwargs["kvcompact"] = Route(state.previous, state.backend)
+    state.in_session = isinstance(past, CompactSession)
     if not isinstance(past, CompactSession):
         attention.begin_pass(state.previous)
         return (), kwargs
@@ -309,6 +314,14 @@ def _read_in_chunks(base: nn.Module, session: CompactSession, kwargs: dict[str, 
 
 def _after(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     attention.end_pass()
+
+
+def _before_head(state: PatchState, head: nn.Module, args: tuple) -> tuple:
+    """Pre-hook of the output embeddings. ``generate`` hands them the last position of each prompt, a slice with gaps, for
+    which torch's ``linear`` multiplies row by row, with a copy of the whole weight per row on a CPU."""
+    if not state.in_session or not args or not isinstance(args[0], Tensor):
+        return args  # without a compact cache nothing is computed otherwise than before
+    return args[0].contiguous(), *args[1:]
 
 
 def _compact(

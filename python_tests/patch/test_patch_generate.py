@@ -57,6 +57,21 @@ def test_one_context_with_many_left_padded_questions(model):
         torch.testing.assert_close(logits[row, pad:], single[0], rtol=0, atol=1e-10)
 
 
+def test_first_tokens_of_a_batch_meet_the_output_weight_once(model):
+    """``linear`` of a slice with gaps goes row by row (600 ms instead of 4 for 8 rows and 49k words in bf16)."""
+    cache = model.compact(tiny_ids(1, CONTEXT))
+    seen = []
+    watch = model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(args[0]))
+    ids, mask = padded_question()
+    model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert len(seen) == NEW and all(x.shape[:2] == (3, 1) and x.is_contiguous() for x in seen)
+    plain = model(ids, logits_to_keep=1)
+    watch.remove()
+    assert not seen[-1].is_contiguous()  # without a compact cache nothing is touched
+    kc.unpatch_model(model)
+    assert torch.equal(model(ids, logits_to_keep=1).logits, plain.logits)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_contexts_equal_each_context_alone(model, side):
     ids, mask = tiny_ids(3, CONTEXT), torch.ones(3, CONTEXT, dtype=torch.long)
