@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .evaluation.store import write_atomically
@@ -100,6 +101,27 @@ class HeadShares:
             return cls(note["shares"], dict(note["fingerprint"]), dict(note["info"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+    @classmethod
+    def mean(cls, measured: Sequence["HeadShares"]) -> "HeadShares":
+        """The geometric mean of several measurements, with several methods for instance; its mean is 1.
+
+        Raises:
+            ValueError: there are none, or they are of different models.
+        """
+        if not measured:
+            raise ValueError("measured must not be empty")
+        first = measured[0]
+        for other in measured[1:]:
+            different = fingerprint_differences(other.fingerprint, first.fingerprint)
+            if different or [len(row) for row in other.shares] != [len(row) for row in first.shares]:
+                raise ValueError(f"measured must be of one model: {'; '.join(different) or 'they have other heads'}")
+        heads = len(first.shares[0])
+        logs = [[math.log(x / fmean(sum(m.shares, ()))) for row in m.shares for x in row] for m in measured]
+        means = [math.exp(fmean(column)) for column in zip(*logs)]
+        means = [x / fmean(means) for x in means]
+        rows = tuple(tuple(means[i : i + heads]) for i in range(0, len(means), heads))
+        return cls(rows, first.fingerprint, {"mean_of": [m.info for m in measured]})
 
     def check_model(self, spec: ModelSpec, where: str = "the shares") -> None:
         """Raises ValueError unless they are for the model of ``spec``."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvcompact_kernels.head_shares import HeadShares
 from kvcompact_kernels.methods import LayerInput, get_method
 from kvcompact_kernels.methods import still as still_module
 from kvcompact_kernels.methods.attention_matching import fit_slots
@@ -291,6 +292,26 @@ def test_shares_hold_in_every_chunk(shared, tokens, slots):
         assert (block.slot_counts.sum(1) == budget * HEADS).all() and int(block.slot_counts.min()) >= 5
     once = get_method("still", weights=shared, chunk=60).compact_layer(make_layer(tokens), slots)
     assert (once.slot_counts.sum(1) == slots * HEADS).all() and int(once.slot_counts.min()) >= 5
+
+
+def test_a_file_of_shares_takes_the_place_of_the_selectors(shared, weights, tmp_path):
+    layer, spec = make_layer(), make_spec()
+    other = HeadShares([row[::-1] for row in SHARES], spec.fingerprint)
+    other.save(tmp_path / "other.json")
+    for file in (shared, weights):
+        for given in (other, str(tmp_path / "other.json")):
+            method = get_method("still", weights=file, shares=given)
+            method.prepare(spec)
+            assert method.budgets(10, 60, LAYERS) == [8, 17, 5]
+            assert method.compact_layer(layer, 16).slot_counts.tolist() == [[8, 24]] * 2
+
+
+def test_shares_of_another_model_or_without_a_selector_are_refused(shared, tmp_path):
+    HeadShares(SHARES, make_spec(weights="4567").fingerprint).save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="other.json was made for another model"):
+        get_method("still", weights=shared, shares=str(tmp_path / "other.json")).prepare(make_spec())
+    with pytest.raises(ValueError, match="shares must be 'heads' without a selector"):
+        get_method("still", weights="identity", shares=str(tmp_path / "other.json")).prepare(make_spec())
 
 
 def test_shares_are_refused_by_name(shared):

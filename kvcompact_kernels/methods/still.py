@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_int
+from .._checks import check_int
 from ..cache import CompactBlock, safetensors_formats
 from ..head_shares import HeadShares
 from ..layer_networks import LayerNetworks
@@ -28,6 +28,7 @@ IDENTITY = "identity"
 WEIGHTS = Path(__file__).parent.parent / "weights"
 # what a selector compacts at once where nothing is said, and the slots that a chunk gets at least
 _CHUNK, _CHUNK_SLOTS = 1024, 24
+_HEADS, _LAYERS, _EQUAL = "heads", "layers", "equal"
 
 
 class StillCompactor(LayerNetworks):
@@ -83,7 +84,8 @@ class Still(Method):
             takes the file's.
         shares: with a selector: how the slots are shared. "heads": each KV head gets what it was measured to need
             (``SelectorConfig.shares``), "layers": each layer does, and its heads get equal numbers, so that blocks stay
-            rectangular; "equal": all get the same, as they do where the file says nothing. The number of all slots is equal.
+            rectangular; "equal": all get the same, as they do where the file says nothing. A file of ``kvcompact train
+            shares`` (or ``HeadShares``) is taken instead of what the selector's says. The number of all slots is equal.
         sinks: with a selector: first tokens of the context that are kept in any case.
         mass_ridge, value_ridge: with a selector: as for ``attention_matching``. Larger here: what a question will look at
             gets little attention while the context is read, and its values should stay as they are.
@@ -98,7 +100,7 @@ class Still(Method):
     config: dict[str, Any] = field(default_factory=dict)
     check_weights: bool = True
     recall_weight: float | None = None
-    shares: str = "heads"
+    shares: str | HeadShares = "heads"
     sinks: int = 4
     mass_ridge: float = 1e-2
     value_ridge: float = 2e-2
@@ -112,7 +114,11 @@ class Still(Method):
             raise TypeError(f"check_weights must be a bool, got {type(self.check_weights).__name__}")
         if self.recall_weight is not None:
             self.recall_weight = check_share("recall_weight", self.recall_weight, minimum=1e-6)
-        check_choice("shares", self.shares, ("heads", "layers", "equal"))
+        self._measured = None
+        if isinstance(self.shares, HeadShares):
+            self._measured = self.shares
+        elif self.shares not in (_HEADS, _LAYERS, _EQUAL):
+            self._measured = self._load_shares(self.shares)
         check_int("sinks", self.sinks, minimum=0)
         self.mass_ridge = check_share("mass_ridge", self.mass_ridge, minimum=1e-8)
         self.value_ridge = check_share("value_ridge", self.value_ridge, minimum=1e-8)
@@ -131,6 +137,14 @@ class Still(Method):
                 self._config(slots=1 << 20, head_dim=2, num_kv_heads=1)
             except TypeError as error:
                 raise TypeError(f"config: {error}") from error
+
+    @staticmethod
+    def _load_shares(path: Any) -> HeadShares:
+        try:
+            return HeadShares.load(path)
+        except FileNotFoundError as error:
+            allowed = ", ".join(map(repr, (_HEADS, _LAYERS, _EQUAL)))
+            raise ValueError(f"shares must be one of {allowed} or a file, got {path!r}") from error
 
     def _config(self, slots: int, head_dim: int, num_kv_heads: int) -> StillConfig:
         options = {"sink": 1, **self.config}
@@ -163,6 +177,10 @@ class Still(Method):
                     )
         elif self._trained is not None:
             self._trained.check_model(spec, f"weights {self.weights}", self.check_weights)
+        if self._measured is not None:
+            if not isinstance(self._trained, TokenSelector):
+                raise ValueError(f"shares must be {_HEADS!r} without a selector, got {self.shares!r}")
+            self._measured.check_model(spec, f"shares {self.shares}")
 
     def _chunks(self, num_tokens: int, slots: int) -> list[int]:
         """Ends of near-equal chunks."""
@@ -194,8 +212,9 @@ class Still(Method):
         return shares.layers(slots, least, num_tokens)
 
     def _shares(self) -> HeadShares | None:
-        selects = isinstance(self._trained, TokenSelector) and self.shares != "equal"
-        return self._trained.head_shares if selects else None
+        if self.shares == _EQUAL or not isinstance(self._trained, TokenSelector):
+            return None
+        return self._measured or self._trained.head_shares
 
     @torch.no_grad()
     def compact_layer(self, layer: LayerInput, slots: int) -> CompactBlock:
@@ -225,7 +244,7 @@ class Still(Method):
         seen = _Seen.of(layer, start, end, sinks)
         selector = self._trained.to(layer.keys.device)
         scores = selector.scores(layer.layer_idx, seen.keys, seen.part.values, seen.attention, self.recall_weight)
-        shares = self._shares() if self.shares == "heads" else None
+        shares = self._shares() if self.shares != _LAYERS else None
         counts = [slots] * layer.keys.shape[1]
         if shares is not None:
             least = min(slots, 1 if seen.before else sinks + 1)

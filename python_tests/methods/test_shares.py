@@ -105,6 +105,24 @@ def test_files_are_read_back(file, tmp_path):
     assert block.slot_counts.tolist() == [[10, 30]] * 2
 
 
+def test_the_mean_of_measurements_is_geometric():
+    first, second = (
+        HeadShares(SHARES, {"family": "llama"}, {"n": 1}),
+        HeadShares(((4.0, 4.0), (4.0, 36.0)), {"family": "llama"}),
+    )
+    mean = HeadShares.mean([first, second])
+    # with SHARES / 1.25 and (1, 1), (1, 9) / 3: the roots of 1, 3, 0.5 and 4.5, up to a factor
+    roots = torch.tensor([[1.0, 3.0], [0.5, 4.5]]).sqrt()
+    torch.testing.assert_close(torch.tensor(mean.shares), roots / roots.mean())
+    assert mean.fingerprint == {"family": "llama"} and mean.info == {"mean_of": [{"n": 1}, {}]}
+    with pytest.raises(ValueError, match="must not be empty"):
+        HeadShares.mean([])
+    with pytest.raises(ValueError, match="must be of one model: family"):
+        HeadShares.mean([first, HeadShares(SHARES, {"family": "qwen3"})])
+    with pytest.raises(ValueError, match="must be of one model: they have other heads"):
+        HeadShares.mean([first, HeadShares(SHARES[:1], {"family": "llama"})])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
