@@ -117,12 +117,15 @@ class Cuda:
     architectures: list[str]
 
     @property
-    def code_flags(self) -> list[str]:
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.architectures]
+    def code(self) -> list[str]:
+        """What the library holds: machine code (``sm_*``), and the PTX of one architecture (``compute_*``)."""
         portable = [arch for arch in self.architectures if arch.isdigit()]
-        if portable:  # PTX of the newest portable architecture, for GPUs that are newer than this list
-            flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")
-        return flags
+        # PTX of the newest portable architecture, for GPUs that are newer than this list: their driver compiles it.
+        return [f"sm_{arch}" for arch in self.architectures] + [f"compute_{arch}" for arch in portable[-1:]]
+
+    @property
+    def code_flags(self) -> list[str]:
+        return [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in self.code]
 
 
 def nvcc_candidates() -> list[str]:
@@ -271,6 +274,7 @@ class NinjaBuild(build_ext):
         if not set(str(ROOT)) & set(" ,"):  # nvcc hands flags on unquoted
             host += f",-ffile-prefix-map={ROOT}/="
         flags = ["-std=c++17", "-O3", "-Xcompiler", host, "--threads", "2", *cuda.code_flags]
+        flags.append(f"-DKVC_CUDA_CODE={'+'.join(cuda.code)}")  # nvcc takes a comma for the end of a macro
         command = NinjaGraph.flags([cuda.nvcc, *flags, *torch_flags])
         graph.rule("nvcc", f"{command} -MD -MF $out.d -c $in -o $out", depfile=True)
 

@@ -10,12 +10,13 @@ STABLE_TORCH_LIBRARY(kvcompact, m) {
       "Tensor? tail_keys, Tensor? tail_values, Tensor? tail_mask, "
       "float scale, bool causal, int window, int num_kv_heads) -> (Tensor out, Tensor lse)");
   // The same for short queries, on a GPU, in `splits` pieces (0: as many as fill it); bytes of shared memory that a block of
-  // it needs. See kvcompact_kernels/backends/cuda/compact_attention.py.
+  // it needs; the machine code and PTX that it was built to ("sm_80+compute_80"). See kvcompact_kernels/backends/cuda/compact_attention.py.
   m.def(
       "compact_attention_decode(Tensor query, Tensor[] keys, Tensor[] values, Tensor?[] betas, Tensor?[] offsets, "
       "Tensor? tail_keys, Tensor? tail_values, Tensor? tail_mask, "
       "float scale, bool causal, int window, int num_kv_heads, int splits=0) -> (Tensor out, Tensor lse)");
   m.def("compact_attention_decode_shared_bytes(int head_dim) -> int");
+  m.def("compact_attention_decode_code() -> str");
   // Column sums or maxima of the softmax of the last queries over all keys. See kvcompact_kernels/ops/key_scores.py.
   m.def(
       "key_scores(Tensor query, Tensor keys, Tensor? lse, float scale, bool causal, str reduce) -> Tensor");

@@ -134,9 +134,11 @@ from kvcompact_kernels.backends.cuda import library as cuda
 library.load()
 torch.ops.load_library(str(cuda.LIBRARY_PATH))
 print(torch._C._dispatch_has_kernel_for_dispatch_key("kvcompact::compact_attention_decode", "CUDA"))
+print(torch.ops.kvcompact.compact_attention_decode_code())
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    assert run([sys.executable, "-c", code], cwd=tmp_path, env=environment).strip() == "True"
+    said = run([sys.executable, "-c", code], cwd=tmp_path, env=environment).split()
+    assert said == ["True", "sm_80+sm_90a+compute_80"]
 
 
 @pytest.mark.slow
@@ -201,7 +203,12 @@ def test_cuda_is_built_where_it_is_asked_for_or_of_use(setup_module_, tmp_path, 
     monkeypatch.setattr(setup_module_, "torch_has_cuda", lambda: False)
     monkeypatch.setenv("KVCOMPACT_CUDA", "1")
     assert setup_module_.find_cuda(source) == wanted
-    assert wanted.code_flags[-1] == "-gencode=arch=compute_80,code=compute_80"
+    assert wanted.code == ["sm_80", "sm_90a", "compute_80"]
+    assert wanted.code_flags[1:] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_80,code=compute_80",
+    ]
+    assert setup_module_.Cuda("nvcc", "lib", ["90a"]).code == ["sm_90a"]
 
 
 def test_isa_environment_variable():

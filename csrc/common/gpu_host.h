@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 
 // It lives in libtorch_cuda. Weak, so that this library can be linked and loaded beside a torch without CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
@@ -20,7 +21,16 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
   } while (0)
 #define KVC_GPU_DISPATCH_KEY CUDA
 
+#ifndef KVC_CUDA_CODE
+#error "KVC_CUDA_CODE must name what the kernels are built to, as sm_80+compute_80: setup.py does"
+#endif
+#define KVC_TEXT_OF(x) #x
+#define KVC_TEXT(x) KVC_TEXT_OF(x)
+
 namespace kvc {
+
+// The machine code (sm_*) and PTX (compute_*) of this library, joined by "+".
+inline std::string cuda_code() { return KVC_TEXT(KVC_CUDA_CODE); }
 
 // The GPU of a tensor, current as long as this lives, and its current stream. Waits for nothing.
 class Gpu {

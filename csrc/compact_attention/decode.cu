@@ -269,6 +269,8 @@ int64_t compact_attention_decode_shared_bytes(int64_t head_dim) {
   }
 }
 
+std::string compact_attention_decode_code() { return kvc::cuda_code(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kvcompact, KVC_GPU_DISPATCH_KEY, m) {
@@ -276,4 +278,5 @@ STABLE_TORCH_LIBRARY_IMPL(kvcompact, KVC_GPU_DISPATCH_KEY, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(kvcompact, CompositeExplicitAutograd, m) {
   m.impl("compact_attention_decode_shared_bytes", TORCH_BOX(&compact_attention_decode_shared_bytes));
+  m.impl("compact_attention_decode_code", TORCH_BOX(&compact_attention_decode_code));
 }

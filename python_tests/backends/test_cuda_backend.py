@@ -87,6 +87,24 @@ def test_entries_of_the_tables_are_complete(arch):
         assert set(entry) == {"dim", "rows", "min_keys", "max_keys"} and entry["dim"] in backend.HEAD_DIMS
 
 
+@pytest.mark.parametrize(
+    ("code", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0), (12, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("compute_80", [(8, 0), (9, 0), (10, 3), (12, 1)], [(7, 5)]),
+        ("compute_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+        ("sm_80+sm_90a+compute_80", [(8, 0), (9, 0), (10, 0), (12, 0)], [(7, 5)]),
+    ],
+)
+def test_where_machine_code_and_ptx_run(code, runs, does_not):
+    assert all(library.runs_on(code, *version) for version in runs)
+    assert not any(library.runs_on(code, *version) for version in does_not)
+
+
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
     available = library.available.__wrapped__
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -8,6 +8,7 @@ import ctypes
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +232,25 @@ def test_the_host_side_refuses_what_the_kernel_cannot_read(decode):
 def test_shared_memory_is_what_the_table_says(emulation):
     needed = [torch.ops.kvcompact.compact_attention_decode_shared_bytes(d) for d in (*backend.HEAD_DIMS, 80)]
     assert all(16 * d * 2 < n <= 163 * 1024 for n, d in zip(needed, backend.HEAD_DIMS)) and needed[-1] == -1
+
+
+def test_devices_that_the_build_is_for(emulation, monkeypatch):
+    """Of another major version than the machine code, a device runs the PTX; without it the backend says what to build."""
+    device = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+
+    def problem(major, minor, code=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
+        if code:
+            monkeypatch.setattr(torch.ops.kvcompact, "compact_attention_decode_code", lambda: code)
+        return backend._find_device_problem.__wrapped__(0, 128)
+
+    assert [problem(*version) for version in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [None] * 5
+    assert "needs compute capability 8.0 or newer, the device has 7.5" in problem(7, 5)
+    assert problem(12, 0, "sm_80+sm_90a") == (
+        "_C_cuda.so was built to sm_80, sm_90a, which do not run on compute capability 12.0: "
+        "build it with KVCOMPACT_CUDA_ARCHS=120"
+    )
 
 
 def test_opcheck_and_compile(emulation):

@@ -90,6 +90,12 @@ def _find_device_problem(index: int, head_dim: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"needs compute capability 8.0 or newer, the device has {major}.{minor}"
+    code = torch.ops.kvcompact.compact_attention_decode_code()
+    if not library.runs_on(code, major, minor):
+        return (
+            f"{library.LIBRARY_PATH.name} was built to {code.replace('+', ', ')}, which do not run on compute capability "
+            f"{major}.{minor}: build it with KVCOMPACT_CUDA_ARCHS={major}{minor}"
+        )
     needed = torch.ops.kvcompact.compact_attention_decode_shared_bytes(head_dim)
     limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
     if limit < needed:

@@ -32,6 +32,26 @@ def available() -> tuple[bool, str]:
     return True, ""
 
 
+def runs_on(code: str, major: int, minor: int) -> bool:
+    """Whether one of ``"sm_80+sm_90a+compute_80"`` runs on a GPU of compute capability ``major.minor``.
+
+    Machine code (``sm_*``) runs within its major version, from its own minor version on; PTX (``compute_*``), which the
+    driver compiles, on its own version and all later ones; what is named with an ``a`` on its own version alone.
+    """
+    for part in code.split("+"):
+        kind, arch = part.split("_")
+        built = divmod(int(arch.rstrip("af")), 10)
+        if arch.endswith("a"):
+            fits = (major, minor) == built
+        elif kind == "compute" and not arch.endswith("f"):
+            fits = (major, minor) >= built
+        else:
+            fits = major == built[0] and minor >= built[1]
+        if fits:
+            return True
+    return False
+
+
 @torch.compiler.assume_constant_result  # whether a file loads is not for Dynamo to trace
 def missing() -> str | None:
     """None when the library is loaded, else the reason why it is not."""

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <string>
 
 #include "common/gpu.cuh"
 
@@ -14,6 +15,8 @@ namespace kvc {
 
 inline int64_t emulated_multiprocessors = 2;
 inline int64_t emulated_launches = 0;
+
+inline std::string cuda_code() { return "sm_80+sm_90a+compute_80"; }
 
 class Gpu {
  public:
