@@ -81,6 +81,8 @@ def select(op: str, requested: str, args: tuple) -> Backend:
 def select_for_layers(op: str, requested: str, layers: Sequence[tuple]) -> Backend:
     """One backend for the calls of all layers: as :func:`select`, but it must take every one of them."""
     found = [select(op, requested, args) for args in layers]
+    if len(found) == 1:  # torch.compile follows no further
+        return found[0]
     # the one that is preferred least: what refused some layer stands before it
     chosen = max(found, key=_BACKENDS[op].index)
     for i, args in enumerate(layers):

@@ -24,7 +24,7 @@ from .compact_attention import compact_attention
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Layers whose latents are computed together may take this much memory beyond what all layers' slots will take in the end:
 # less than a twentieth of the keys and values of Qwen3-4B at 8,192 tokens.
-LATENT_BYTES = 48 << 20
+LATENT_BYTES = 44 << 20
 LATENT_TENSORS = (
     11  # of the latents' size, at most at once: while they attend to each other, rotations being in float32
 )
@@ -103,9 +103,12 @@ def still_cross_attention(
 
 
 def _attend_layers(
-    query, keys, values, key_weight, key_bias, key_norm, shared, need_lse, backend
+    query, keys, values, key_weight, key_bias, key_norm, shared, need_lse, backend, out=None
 ) -> tuple[Tensor, Tensor | None]:
-    """``pooled [L, B, Hkv, t, 2d]`` and ``lse [L, B, Hkv, t]`` of lists that :func:`still_cross_attention` describes."""
+    """``pooled [L, B, Hkv, t, 2d]`` and ``lse [L, B, Hkv, t]`` of lists that :func:`still_cross_attention` describes.
+
+    ``out`` is memory that ``pooled`` may take, that of the queries for instance; it takes it where nothing else needs it.
+    """
     names = ("query", "keys", "values", "key_weight", "key_bias", "key_norm")
     lists = (query, keys, values, key_weight, key_bias, key_norm)
     first = _normalise(*(None if x is None else x[0] for x in lists), **shared)
@@ -117,13 +120,18 @@ def _attend_layers(
                 check_tensor(f"{name}[{i}]", x, shape=tuple(like.shape), dtypes=(like.dtype,), device=like.device)
         layers.append((*tensors, *first[6:]))
     chosen = registry.select_for_layers("still_cross_attention", backend, layers)
-    if chosen.run_layers is None or len(layers) == 1 or torch.compiler.is_compiling():
-        pooled, lse = zip(*(chosen.run(*args, need_lse=need_lse) for args in layers))
-        return torch.stack(pooled), torch.stack(lse) if need_lse else None
     flat = [x for args in layers for x in args[:6]]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat):
+    wants_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
+    alone = len(layers) == 1 and (out is None or wants_grad)
+    if chosen.run_layers is None or alone or torch.compiler.is_compiling():
+        found = [[None if x is None else x[None] for x in chosen.run(*args, need_lse=need_lse)] for args in layers]
+        if len(layers) == 1:
+            return found[0][0], found[0][1] if need_lse else None
+        pooled, lse = zip(*found)
+        return torch.cat(pooled), torch.cat(lse) if need_lse else None
+    if wants_grad:
         return _LayersTogether.apply(chosen.run_layers, first[6:], *flat)
-    return chosen.run_layers(layers, need_lse)
+    return chosen.run_layers(layers, need_lse, out=out)
 
 
 class _LayersTogether(torch.autograd.Function):
@@ -209,12 +217,13 @@ def _compact_layers(
     keys, values, params, config, rope, positions, backend
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     count = check_layers(keys=keys, values=values, params=params)
-    found = [_check_layer(keys[i], values[i], params[i], config, rope, positions, f"[{i}]") for i in range(count)]
+    for i in range(count):
+        found = _check_layer(keys[i], values[i], params[i], config, rope, positions, f"[{i}]")
     _check_agreement(keys, params)
     if keys[0].device.type == "cpu" and backend in ("auto", "cpu"):  # no launches to save
         layers = zip(keys, values, params)
         return [still_compaction(*layer, config, rope, positions, backend=backend) for layer in layers]
-    tables = _Tables.of(found[0][config.sink :], config, rope, keys[0].dtype)
+    tables = _Tables.of(found[config.sink :], config, rope, keys[0].dtype)
     blocks = []
     for part in _layers_at_once(count, keys[0].shape[0] * keys[0].shape[1], config, params[0], keys[0]):
         blocks += _compact(keys[part], values[part], params[part], config, rope, tables, backend)
@@ -413,23 +422,18 @@ def _attend(keys: list[Tensor], values: list[Tensor], params, config, tables: _T
         weight = params[block + "cross_k_weight"].to(dtype)
         bias = params[block + "cross_k_bias"].to(table_dtype)
         norm = params[block + "cross_k_norm"].to(table_dtype) if config.qk_norm else None
+        lists = [query, weight, bias, norm]
         if layers == 1:
-            pooled = still_cross_attention(
-                query,
-                keys[0],
-                values[0],
-                weight,
-                bias,
-                norm,
-                **tables.shared,
-                norm_eps=config.norm_eps,
-                backend=backend,
-            )
-        else:
-            each = [None if x is None else x.flatten(0, -2).unbind() for x in (bias, norm)]
-            shared = {**tables.shared, "norm_eps": config.norm_eps}
-            pooled, _ = _attend_layers(query.unbind(), keys, values, weight.unbind(), *each, shared, False, backend)
+            lists = [None if x is None else x[None] for x in lists]
+        query, weight, bias, norm = lists
+        vectors = [None if x is None else x.flatten(0, -2).unbind() for x in (bias, norm)]
+        shared = {**tables.shared, "norm_eps": config.norm_eps}
+        wanted = (layers, *keys[0].shape[:2], config.num_latents, 2 * keys[0].shape[3])
+        out = query if query.shape == wanted and query.is_contiguous() else None
+        pooled, _ = _attend_layers(query.unbind(), keys, values, weight.unbind(), *vectors, shared, False, backend, out)
+        pooled = pooled if layers > 1 else pooled[0]
         z = _update_latents(z, pooled.to(z.dtype), params, block, config, tables.latents, backend)
+        del query, lists, out, pooled  # the next block's take their place
     return z
 
 

@@ -139,6 +139,20 @@ def test_a_group_holds_requests_of_several_layers(device, monkeypatch, fitting, 
         check_forward((pooled[i], lse[i]), layer)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("fitting,splits", [(1, 1), (3, 1), (99, 3)])
+def test_averages_may_take_the_memory_of_the_queries(device, monkeypatch, fitting, splits, odd):
+    layers = make_layers(device, batch=2, kv_heads=2, tokens=41, slots=37, head_dim=32, query_shape=(2, 2), odd=odd)
+    query = torch.stack([layer[0] for layer in layers])
+    assert query.shape[4] == 2 * layers[0][1].shape[3]
+    monkeypatch.setattr(backend, "plan_groups", lambda b, h, size: plan_groups(b, h, size, fitting * size))
+    shared = [(q, *layer[1:]) for q, layer in zip(query.unbind(), layers)]
+    pooled, lse = backend.run_layers(shared, configs=(PROJECT, ATTEND), splits=splits, out=query)
+    assert pooled.data_ptr() == query.data_ptr() and pooled.shape == query.shape
+    for i, layer in enumerate(layers):
+        check_forward((pooled[i], lse[i]), layer)
+
+
 def test_layers_without_slots(device):
     layers = make_layers(device)
     pooled, lse = backend.run_layers([(x[0][:, :, :0], *x[1:]) for x in layers])

@@ -199,20 +199,29 @@ def run_layers(
     need_lse: bool = True,
     configs: tuple[Config, Config] | None = None,
     splits: int | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(pooled [L, B, Hkv, t, 2d], lse [L, B, Hkv, t])`` of L calls of :func:`forward`, whose shapes, dtypes and device
-    agree, and which share the tables and the two numbers behind them; without gradients."""
+    agree, and which share the tables and the two numbers behind them; without gradients.
+
+    ``out`` is contiguous memory for ``pooled``. It may be that of the queries: a program reads its rows before it writes them.
+    """
     from .compact_attention import merge_tile
     from .kernels import attention_forward, still_cross_attention
 
     if len(layers) > 1 and not all(runtime.aligned(*_row(layer[:6])) for layer in layers):
         # a layer whose memory lies oddly has launches that fit it, and the others have not
-        found = [run_layers([layer], need_lse, configs, splits) for layer in layers]
+        parts = [None] * len(layers) if out is None else out.split(1)
+        found = [run_layers([layer], need_lse, configs, splits, part) for layer, part in zip(layers, parts)]
+        if out is not None:
+            return out, torch.cat([row_lse for _, row_lse in found])
         return tuple(torch.cat(x) for x in zip(*found))
     *tables, scale, norm_eps = layers[0][6:]
     call = _Call([layer[:6] for layer in layers], *tables, norm_eps)
     query, values = call.query, call.values
-    pooled = query.new_empty(len(layers), call.batch, call.kv_heads, call.slots, 2 * call.head_dim)
+    pooled = out
+    if pooled is None:
+        pooled = query.new_empty(len(layers), call.batch, call.kv_heads, call.slots, 2 * call.head_dim)
     lse = query.new_empty(pooled.shape[:4], dtype=torch.float32)
     if pooled.numel() == 0:
         return pooled, lse
@@ -231,14 +240,14 @@ def run_layers(
     with runtime.on_device(query):
         for group in call.groups:
             first_row = group.first_pair * call.slots
-            out, row_lse = pooled.view(-1)[first_row * width :], lse.view(-1)[first_row:]
+            part, row_lse = pooled.view(-1)[first_row * width :], lse.view(-1)[first_row:]
             call.project(group, projected, free, project_config)
             still_cross_attention.attend[(group.pairs * row_tiles * splits,)](
                 query,
                 projected,
                 free,
                 values,
-                part_out if splits > 1 else out,
+                part_out if splits > 1 else part,
                 part_lse if splits > 1 else row_lse,
                 call.table,
                 scale * LOG2E,
@@ -264,7 +273,7 @@ def run_layers(
                 attention_forward.merge[(-(-group.pairs * call.slots // rows_at_once),)](
                     part_out,
                     part_lse,
-                    out,
+                    part,
                     row_lse,
                     group.pairs * call.slots,
                     splits,
