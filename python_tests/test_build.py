@@ -74,6 +74,13 @@ def unpacked(wheel, tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_sources_use_no_macro_that_came_after_the_oldest_torch():
+    """The target version hides newer functions of torch's headers, but not all newer macros."""
+    since_2_10 = {"STD_TORCH_CHECK", "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX"}
+    code = "".join(re.sub("//.*", "", path.read_text()) for path in ROOT.glob("csrc/**/*.*"))
+    assert set(re.findall(r"\b[A-Z_]*TORCH[A-Z_]*\b", code)) <= since_2_10
+
+
 def test_kernel_objects_export_only_their_entry_points(source):
     """A weak or global helper compiled with AVX-512 could be the copy that the linker keeps for every machine."""
     seen = set()

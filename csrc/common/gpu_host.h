@@ -37,7 +37,9 @@ class Gpu {
  public:
   explicit Gpu(const torch::stable::Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "kvcompact: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    // not by STABLE_TORCH_ERROR_CODE_CHECK, which the headers have since 2.13
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream(index_, &stream_) == 0, "kvcompact: torch does not tell its CUDA stream");
   }
 
   static bool holds(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
