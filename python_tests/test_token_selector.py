@@ -317,6 +317,8 @@ def test_shares_of_another_model_or_without_a_selector_are_refused(shared, tmp_p
 def test_shares_are_refused_by_name(shared):
     with pytest.raises(ValueError, match="shares must be"):
         get_method("still", weights=shared, shares="rows")
+    with pytest.raises(ValueError, match="unequal numbers of slots with a selector only"):
+        get_method("still", weights="identity").with_shares(None)
 
 
 def test_all_tokens_stay_when_all_fit(weights):

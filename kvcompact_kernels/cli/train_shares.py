@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="attention_matching",
         metavar="SPEC",
-        help="with options, as in snapkv:window=16 (attention_matching)",
+        help="with options, as in snapkv:window=16 or still:weights=FILE (attention_matching)",
     )
     parser.add_argument("--rounds", type=int, default=2, help="each begins with what the one before found (2)")
     parser.add_argument("--contexts", type=int, default=8, metavar="N", help="that are read in each round (8)")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..evaluation.specs import parse_lengths, parse_spec
     from ..methods import get_method
-    from ..training.head_shares import SharesOptions, check_method, train_shares
+    from ..training.head_shares import SharesOptions, train_shares
 
     run_plugins(args)
     with usage_errors():
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         name, settings = parse_spec(args.method)
-        method = check_method(get_method(name, **settings))
+        method = get_method(name, **settings)
+        method.with_shares(None)  # raises where heads do not stand apart
 
     def measure(loaded: Any) -> Any:
         return train_shares(

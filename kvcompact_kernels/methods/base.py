@@ -3,13 +3,16 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ..cache import CompactBlock
 from ..model_spec import ModelSpec
 from ..rope import Rope
+
+if TYPE_CHECKING:
+    from ..head_shares import HeadShares
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,23 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The options by name."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def with_shares(self, shares: "HeadShares | str | None") -> "Method":
+        """This method with as many slots for each KV head as was measured (or as a file says); with None, with as many
+        for all of them.
+
+        Raises:
+            ValueError: it has no ``separate_heads``.
+        """
+        if not self.separate_heads:
+            raise ValueError(
+                f"method must make each head's slots by themselves, and as many for each; {self.name!r} with these options does not"
+            )
+        if shares is None:
+            return self
+        from ._shares import WithShares  # which is a method itself
+
+        return WithShares(self, shares)
 
     def prepare(self, spec: ModelSpec) -> None:
         """Called once per model before anything is compacted: load weights, check that the model fits."""
@@ -224,11 +244,7 @@ def get_method(method: str | Method, **options) -> Method:
         raise TypeError(f"method {method!r} needs the option {', '.join(map(repr, missing))}")
     shares = options.pop(SHARES, None) if cls.separate_heads else None
     made = cls(**options)
-    if shares is None:
-        return made
-    from ._shares import WithShares  # which is a method itself
-
-    return WithShares(made, shares)
+    return made if shares is None else made.with_shares(shares)
 
 
 def option_names(cls: type[Method]) -> list[str]:

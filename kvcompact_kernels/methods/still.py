@@ -160,6 +160,17 @@ class Still(Method):
             return self.sinks + 1
         return 1 if self._trained is not None else self.config.get("sink", 1) + 1
 
+    def with_shares(self, shares: HeadShares | str | None) -> "Still":
+        """See ``Method.with_shares``; a selector's file may say others, which count no more.
+
+        Raises:
+            ValueError: there is no selector.
+        """
+        unknown = self.weights is None and not self.config and self._prepared is None
+        if not unknown and not isinstance(self._trained, TokenSelector):
+            raise ValueError(f"method {self.name!r} gives heads unequal numbers of slots with a selector only")
+        return replace(self, shares=_EQUAL if shares is None else shares)
+
     def prepare(self, spec: ModelSpec) -> None:
         """Takes the package's weights for the model where none were named.
 

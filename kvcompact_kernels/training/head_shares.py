@@ -7,7 +7,7 @@ all that a compact cache gets wrong. Which ones depends on the model far more th
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from ..cache import CompactBlock, CompactCache
 from ..evaluation.store import Store
 from ..head_shares import HeadShares
 from ..methods import Method, get_method
-from ..methods._shares import WithShares
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
 from ..patch.families import decoder, model_spec
@@ -103,7 +102,7 @@ def train_shares(
         tokenizer: the model's.
         data: a folder of .txt and .md files, a file, or a sequence of texts.
         out: the file, for the option ``shares`` of methods.
-        method: what contexts are compacted with meanwhile: one that treats all heads alike.
+        method: what contexts are compacted with meanwhile: one with ``separate_heads``, or ``still`` with a selector.
         options: how many contexts, and which; default ``SharesOptions()``.
         run_folder: for what was measured of each context; default is ``out`` with ``.run`` behind it.
         progress: show a progress bar.
@@ -116,10 +115,11 @@ def train_shares(
     """
     spec = model_spec(model)
     check_compactable(spec)
-    options, method = options or SharesOptions(), check_method(get_method(method))
+    options, method = options or SharesOptions(), get_method(method)
     if tokenizer is None:
         raise ValueError("tokenizer must be given: facts are made of text")
     method.prepare(spec)
+    method.with_shares(None)  # raises where heads do not stand apart
     out = check_output(out)
     folder = Path(f"{out}.run") if run_folder is None else Path(run_folder)
     corpus = Corpus(read_texts(data), tokenizer, spec.fingerprint["vocab_size"], 0.0)
@@ -132,12 +132,9 @@ def train_shares(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 
-    def with_shares(shares: Shares | None) -> Method:
-        return method if shares is None else WithShares(method, HeadShares(shares, spec.fingerprint))
-
     with frozen(model), Store(folder, info | {"model": spec.fingerprint}) as store:
         try:
-            shares = measure_shares(model, spec, with_shares, corpus, options, progress=progress, store=store)
+            shares = measure_shares(model, spec, method, corpus, options, progress=progress, store=store)
         except KeyboardInterrupt as stop:
             total = options.rounds * options.contexts
             raise TrainingInterrupted(
@@ -149,20 +146,11 @@ def train_shares(
     return made
 
 
-def check_method(method: Method) -> Method:
-    """Returns the method when shares can be measured with it; raises ValueError if not."""
-    if not method.separate_heads:
-        raise ValueError(
-            f"method must make each head's slots by themselves, and as many for each; {method.name!r} with these options does not"
-        )
-    return method
-
-
 @torch.no_grad()
 def measure_shares(
     model: Any,
     spec: ModelSpec,
-    method_with: Callable[[Shares | None], Method],
+    method: Method,
     corpus: Corpus,
     options: SharesOptions,
     *,
@@ -182,7 +170,7 @@ def measure_shares(
 
     Args:
         model: patched and frozen.
-        method_with: a method that gives heads these shares of the slots; for None, as many to each.
+        method: what contexts are compacted with; in the first round all heads get as many slots.
         corpus, options: what contexts are made of.
         progress: show a progress bar.
         store: keeps each context's costs; what it has already is not measured again.
@@ -195,10 +183,12 @@ def measure_shares(
     total = options.rounds * options.contexts * heads
     with tqdm(total=total, initial=len(rows) * heads, desc="slots per head", unit="head", disable=not progress) as bar:
         for number in range(options.rounds):
-            method, found = method_with(shares), []
+            sharing = method.with_shares(None if shares is None else HeadShares(shares, spec.fingerprint))
+            sharing.prepare(spec)
+            found = []
             for index in range(number * options.contexts, (number + 1) * options.contexts):
                 if index == len(rows):
-                    rows.append(_context_costs(model, spec, method, corpus, options, index, bar))
+                    rows.append(_context_costs(model, spec, sharing, corpus, options, index, bar))
                     if store:
                         store.append({"context": index, "costs": rows[-1].tolist()})
                 found.append(rows[index])

@@ -209,9 +209,9 @@ def train_selector(
             chat=options.chat,
             seed=loop.seed,
         )
-        equal = get_method("still", weights=str(out), shares="equal")
+        still = get_method("still", weights=str(out))
         with frozen(model):
-            shares = measure_shares(model, spec, lambda _: equal, corpus, measured, progress=progress)
+            shares = measure_shares(model, spec, still, corpus, measured, progress=progress)
         selector.config = replace(selector.config, shares=shares)
         selector.save(out, torch.bfloat16)
     return SelectorResult(selector, out, run)

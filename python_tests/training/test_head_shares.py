@@ -55,8 +55,8 @@ def parts(request, tmp_path):
 
 def measured(parts, contexts=2):
     model, spec, weights, corpus = parts
-    equal = get_method("still", weights=str(weights), shares="equal")
-    return measure_shares(model, spec, lambda _: equal, corpus, replace(OPTIONS, rounds=1, contexts=contexts))
+    still = get_method("still", weights=str(weights))
+    return measure_shares(model, spec, still, corpus, replace(OPTIONS, rounds=1, contexts=contexts))
 
 
 def test_a_head_that_the_model_does_not_listen_to_gets_the_least(parts):
@@ -151,9 +151,10 @@ def test_a_measurement_is_the_same_after_an_interruption(tiny, tmp_path, monkeyp
     assert HeadShares.load(tmp_path / "part.json").shares == whole.shares
 
 
+@pytest.mark.filterwarnings("ignore:the package has no weights")
 @pytest.mark.parametrize("method", ["pyramidkv", "still", "full", "adakv"])
 def test_methods_whose_heads_do_not_stand_apart_are_refused(tiny, tmp_path, method):
-    with pytest.raises(ValueError, match="each head's slots by themselves"):
+    with pytest.raises(ValueError, match="each head's slots by themselves|with a selector only"):
         train_shares(tiny, tiny_tokenizer(), [TEXT], out=tmp_path / "s.json", method=method, options=OPTIONS)
     assert not list(tmp_path.iterdir())
 
@@ -222,23 +223,42 @@ def test_a_round_begins_with_the_shares_of_the_one_before(parts, monkeypatch):
     model, spec, _, corpus = parts
     each = torch.arange(1.0, 41).reshape(20, 2) ** 2
     each[0, 0] = 2 * each.sum()  # more than one context may say of a head, at equal numbers
-    given = []
+    given, method = [], get_method("snapkv")
 
-    def method_with(shares):
-        given.append(shares)
-        return get_method("snapkv")
+    def with_shares(shares):
+        given.append(shares and shares.shares)
+        return method
 
     def costs(*args):
         adds = each if given[-1] is None else each / torch.tensor(given[-1])
         return (adds / adds.sum()).clamp(max=LARGEST_COST)
 
     monkeypatch.setattr(head_shares, "_context_costs", costs)
-    found = [measure_shares(model, spec, method_with, corpus, replace(OPTIONS, rounds=rounds)) for rounds in (1, 2)]
+    monkeypatch.setattr(method, "with_shares", with_shares)
+    found = [measure_shares(model, spec, method, corpus, replace(OPTIONS, rounds=rounds)) for rounds in (1, 2)]
     assert given == [None, None, found[0]]
     best = torch.tensor(head_shares._shares(each))
     assert best[0, 0] < head_shares.LARGEST_SHARE
     errors = [(torch.tensor(x).log() - best.log()).abs().max() for x in found]
     assert errors[0] > 0.1 and errors[1] < 0.01
+
+
+def test_a_selector_with_shares_of_its_own_starts_from_equal_heads_too(parts, tmp_path):
+    model, spec, weights, corpus = parts
+    equal = measured(parts, contexts=1)
+    selector = TokenSelector.load(weights)
+    uneven = [[5.0] + [0.5] * (spec.num_kv_heads - 1)] * spec.layer_kinds.count("full")
+    selector.config = replace(selector.config, shares=uneven)
+    selector.save(tmp_path / "uneven.safetensors")
+    assert measured((model, spec, tmp_path / "uneven.safetensors", corpus), contexts=1) == equal
+    options = replace(OPTIONS, rounds=2)
+    made = train_shares(
+        model, tiny_tokenizer(), [TEXT], out=tmp_path / "f.json",
+        method=get_method("still", weights=str(weights)), options=options,
+    )  # fmt: skip
+    assert made.info["method"] == "still" and made.info["options"]["rounds"] == 2
+    block = compact(model, torch.arange(1, 200)[None], "still", slots=20, weights=str(weights), shares=made).layers[-1]
+    assert block.slot_counts.shape == (1, spec.num_kv_heads)
 
 
 def test_shares_have_bounds():
