@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .._checks import check_int
 from ..cache import CompactBlock, load_safetensors, save_safetensors
+from ..evaluation.store import Store
+from ..head_shares import HeadShares
 from ..methods import LayerInput, Method, get_method
 from ..methods.attention_matching import own_attention
 from ..model_spec import ModelSpec
@@ -31,7 +33,7 @@ from .attention import Recorder, received_attention
 from .common import check_output, frozen, training_note
 from .data import KINDS, Corpus, Recipe, Tail, collate, make_example, read_texts
 from .head_shares import SharesOptions, measure_shares
-from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, train
+from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainingInterrupted, TrainResult, train
 from .questions import add_questions
 
 FORMAT, FORMAT_VERSION = "kvcompact-selector-data", 1
@@ -54,7 +56,8 @@ class SelectorOptions:
         held_out: share of each document's end that is not trained on.
         sinks: first tokens of a context that are left out: they are kept in any case.
         batch: contexts of a step.
-        shares: contexts on which it is measured, after training, how many slots each KV head needs; 0 for equal numbers.
+        shares: contexts on which it is measured, after training, how many slots each KV head needs, three times: once with
+            the selector, and in two rounds with ``attention_matching``; 0 for equal numbers.
     """
 
     contexts: tuple[int, ...] = (256, 384, 512, 512, 768, 1024, 2048)
@@ -201,20 +204,47 @@ def train_selector(
     selector.info = training_note(run, loop, options, identity["data"], corpus, device)
     selector.save(out, torch.bfloat16)
     if run.finished and options.shares:
+        with frozen(model):
+            shares = _measured_shares(model, spec, corpus, out, folder, options, loop, identity, progress)
+        selector.config = replace(selector.config, shares=shares.shares)
+        selector.save(out, torch.bfloat16)
+    return SelectorResult(selector, out, run)
+
+
+def _measured_shares(
+    model: Any,
+    spec: ModelSpec,
+    corpus: Corpus,
+    out: Path,
+    folder: Path,
+    options: SelectorOptions,
+    loop: LoopConfig,
+    identity: dict[str, Any],
+    progress: bool,
+) -> HeadShares:
+    """The mean of two measurements, for either alone is noisy: with the selector, and with a method that is none (for which a
+    second round matters)."""
+    found = []
+    for method, rounds in ((get_method("still", weights=str(out)), 1), (get_method("attention_matching"), 2)):
         measured = SharesOptions(
-            rounds=1,  # a second one made no difference to ``still``
+            rounds=rounds,
             contexts=options.shares,
             lengths=options.contexts,
             continuation=options.continuation,
             chat=options.chat,
             seed=loop.seed,
         )
-        still = get_method("still", weights=str(out))
-        with frozen(model):
-            shares = measure_shares(model, spec, still, corpus, measured, progress=progress)
-        selector.config = replace(selector.config, shares=shares)
-        selector.save(out, torch.bfloat16)
-    return SelectorResult(selector, out, run)
+        note = identity | {"method": method.name, "loop": asdict(loop), "rounds": rounds}
+        key = hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()[:16]
+        with Store(folder / f"shares-{key}", note) as store:
+            try:
+                shares = measure_shares(model, spec, method, corpus, measured, progress=progress, store=store)
+            except KeyboardInterrupt as stop:
+                raise TrainingInterrupted(
+                    f"interrupted while the slots of each head were measured; the same call goes on from {folder}"
+                ) from stop
+        found.append(HeadShares(shares, spec.fingerprint))
+    return HeadShares.mean(found)
 
 
 def default_loop(**changes: Any) -> LoopConfig:

@@ -10,12 +10,13 @@ from tiny_models import tiny_model
 
 from kvcompact_kernels import UnsupportedModelError, compact, patch_model
 from kvcompact_kernels.cli import main
+from kvcompact_kernels.head_shares import HeadShares
 from kvcompact_kernels.patch import is_patched
 from kvcompact_kernels.patch.families import model_spec
 from kvcompact_kernels.token_selector import SelectorConfig, TokenSelector
-from kvcompact_kernels.training import train_selector
+from kvcompact_kernels.training import head_shares, selector, train_selector
 from kvcompact_kernels.training.data import Corpus, Tail, read_texts
-from kvcompact_kernels.training.loop import CheckpointError
+from kvcompact_kernels.training.loop import CheckpointError, TrainingInterrupted
 from kvcompact_kernels.training.selector import (
     SelectorExample,
     SelectorOptions,
@@ -89,6 +90,33 @@ def test_resume_ends_with_the_same_bits(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_shares_are_the_mean_of_two_measurements_and_go_on_after_an_interrupt(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "a.safetensors").selector.config.shares
+    measure, found, calls = selector.measure_shares, {}, []
+
+    def recorded(model, spec, method, corpus, options, **more):
+        found[method.name, options.rounds] = measure(model, spec, method, corpus, options, **more)
+        return found[method.name, options.rounds]
+
+    costs = head_shares._Student.costs
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return costs(self, *args)
+
+    monkeypatch.setattr(selector, "measure_shares", recorded)
+    monkeypatch.setattr(head_shares._Student, "costs", interrupted)
+    with pytest.raises(TrainingInterrupted, match="while the slots of each head were measured"):
+        trained(tmp_path / "b.safetensors")
+    assert TokenSelector.load(tmp_path / "b.safetensors").config.shares is None
+    again = trained(tmp_path / "b.safetensors").selector.config.shares
+    assert len(calls) == 4  # one context with the selector, one in each round with the other method, one of them twice
+    assert set(found) == {("still", 1), ("attention_matching", 2)}
+    assert again == whole == HeadShares.mean([HeadShares(x, {}) for x in found.values()]).shares
+
+
 def test_nothing_held_out_is_no_figures_and_no_shares_are_equal_ones(tmp_path):
     options = SelectorOptions(**{**OPTIONS.to_dict(), "held_out": 0.0, "shares": 0})
     result = trained(tmp_path / "a.safetensors", options=options)
@@ -97,8 +125,6 @@ def test_nothing_held_out_is_no_figures_and_no_shares_are_equal_ones(tmp_path):
 
 def test_contexts_are_read_once(tmp_path, monkeypatch):
     trained(tmp_path / "a.safetensors")
-    from kvcompact_kernels.training import selector
-
     monkeypatch.setattr(selector._Reader, "read", lambda *a: pytest.fail("it was read before"))
     trained(tmp_path / "a.safetensors")
 
