@@ -1,8 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the public functions: each error names the argument, what came and what is allowed."""
 
+import os
+
 import torch
 from torch import Tensor
+
+
+class BadFileError(ValueError):
+    """A file that is there, but is truncated, damaged, of another kind or of a newer format."""
+
+
+def check_file(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError or IsADirectoryError unless ``path`` is a file."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder, and a file is needed")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}")
 
 
 def check_tensor(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._checks import check_int, check_tensor
+from ._checks import BadFileError, check_file, check_int, check_tensor
 from .model_spec import fingerprint_differences
 from .rope import Rope
 
@@ -430,6 +430,16 @@ class CompactCache:
     def dtype(self) -> torch.dtype:
         return self.layers[0].keys.dtype
 
+    def get_seq_length(self, *args: Any) -> int:
+        """What a model that is not patched asks of ``past_key_values`` first.
+
+        Raises:
+            TypeError: always: only a patched model can use the cache.
+        """
+        raise TypeError(
+            "past_key_values is a CompactCache, which this model cannot use before kvcompact_kernels.patch_model(model)"
+        )
+
     def __repr__(self) -> str:
         return (
             f"CompactCache(method={self.method!r}, tokens={self.logical_length}, slots={self.num_slots}, "
@@ -437,10 +447,17 @@ class CompactCache:
             f"{str(self.dtype).removeprefix('torch.')}, {self.device})"
         )
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "CompactCache":
-        """The cache on another device or with keys and values in another floating dtype (beta stays fp32)."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "CompactCache":
+        """The cache on another device or with keys and values in another floating dtype (beta stays fp32).
+
+        ``to(device)``, ``to(dtype)`` and ``to(device, dtype)`` as a tensor's.
+        """
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
         ropes = {kind: replace(r, inv_freq=r.inv_freq.to(device)) for kind, r in self.ropes.items()}
         lengths = None if self.lengths is None else self.lengths.to(device)
         return replace(self, layers=tuple(b.to(device, dtype) for b in self.layers), ropes=ropes, lengths=lengths)
@@ -461,6 +478,8 @@ class CompactCache:
         Raises:
             ValueError: no cache, caches of different models, padded caches, or a rope type whose keys cannot be moved.
         """
+        if isinstance(caches, CompactCache):
+            raise TypeError("caches must be a list of CompactCaches, got one CompactCache")
         caches = list(caches)
         if not caches:
             raise ValueError("caches must hold at least one cache")
@@ -536,7 +555,8 @@ class CompactCache:
             model: the Hugging Face model that will use it; its fingerprint must match, and the cache goes to its device
                 and dtype. None skips both.
             device, dtype: where to, instead of the model's.
-            check_weights: also compare the digest of the weights; False allows a fine-tuned sibling of the model.
+            check_weights: also compare the digest of the weights; False takes the cache of a fine-tuned sibling of the
+                model, too, and makes it one of this model.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -546,11 +566,12 @@ class CompactCache:
         try:
             cache = cls._from_file(header, tensors)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise BadFileError(f"{path} is damaged: {error}") from error
         if model is not None:
             from .patch import check_fingerprint
 
-            check_fingerprint(cache, model, f"{path}", check_weights=check_weights)
+            wanted = check_fingerprint(cache, model, f"{path}", check_weights=check_weights)
+            cache = replace(cache, fingerprint=wanted)
             weight = next(model.parameters())
             device, dtype = device or weight.device, dtype or weight.dtype
         return cache.to(device, dtype)
@@ -585,6 +606,15 @@ class CompactCache:
         )
 
 
+def _set_attribute(cache: CompactCache, name: str, value: Any, frozen: Any = CompactCache.__setattr__) -> None:
+    if name == "_is_user_defined":  # transformers' generate marks the caches that it is given
+        cache.get_seq_length()
+    frozen(cache, name, value)
+
+
+CompactCache.__setattr__ = _set_attribute
+
+
 def _shift(block: Block, rope: Rope | None, distance: int) -> Block:
     if distance == 0:
         return block
@@ -606,6 +636,8 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
     """Writes a safetensors file beside ``path`` and moves it there once it is complete."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is to be written")
     # safetensors refuses views of one storage, so each tensor is written from memory of its own
     own = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -632,13 +664,12 @@ def safetensors_formats(path: str | os.PathLike) -> set[str]:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return set(file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        raise BadFileError(f"{path} is truncated or damaged: {error}") from error
 
 
 def load_safetensors(
@@ -651,19 +682,18 @@ def load_safetensors(
         ValueError: truncated, of another format, or of a newer version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if format_name not in metadata:
-                raise ValueError(f"{path} is not a {format_name} file")
+                raise BadFileError(f"{path} is not a {format_name} file")
             header = json.loads(metadata[format_name])
             if not isinstance(header.get("version"), int) or header["version"] > format_version:
-                raise ValueError(
+                raise BadFileError(
                     f"{path} has format version {header.get('version')!r}; this release reads up to {format_version}"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict: it has no __iter__)
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        raise BadFileError(f"{path} is truncated or damaged: {error}") from error
     return header, tensors

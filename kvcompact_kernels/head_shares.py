@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ._checks import BadFileError, check_file
 from .evaluation.store import write_atomically
 from .model_spec import ModelSpec, fingerprint_differences
 from .reference.selection import proportional_counts
@@ -78,6 +79,7 @@ class HeadShares:
         """
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"shares must be a path, got {type(path).__name__}")
+        check_file(path)
         with open(path, "rb") as file:
             ninth = file.read(9)[8:]
         if ninth == b"{":  # where the header of safetensors begins
@@ -85,22 +87,22 @@ class HeadShares:
 
             found = TokenSelector.load(path).head_shares
             if found is None:
-                raise ValueError(f"shares: {path} does not say how many slots each head needs")
+                raise BadFileError(f"shares: {path} does not say how many slots each head needs")
             return found
         try:
             note = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged, or holds no shares of slots: {error}") from error
+            raise BadFileError(f"{path} is damaged, or holds no shares of slots: {error}") from error
         if not isinstance(note, dict) or note.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no shares of slots: its format is not {FORMAT!r}")
+            raise BadFileError(f"{path} holds no shares of slots: its format is not {FORMAT!r}")
         if note.get("version") != FORMAT_VERSION:
-            raise ValueError(
+            raise BadFileError(
                 f"{path} has version {note.get('version')!r} of its format, this library reads {FORMAT_VERSION}"
             )
         try:
             return cls(note["shares"], dict(note["fingerprint"]), dict(note["info"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise BadFileError(f"{path} is damaged: {error}") from error
 
     @classmethod
     def mean(cls, measured: Sequence["HeadShares"]) -> "HeadShares":

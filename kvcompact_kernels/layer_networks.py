@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_int
+from ._checks import BadFileError, check_int
 from .cache import load_safetensors, save_safetensors
 from .model_spec import ModelSpec, fingerprint_differences
 
@@ -82,7 +82,7 @@ class LayerNetworks(nn.Module, ABC):
 
         Args:
             spec: of the model that will use it, which must be the one that it was trained for; None skips the check.
-            check_weights: False compares everything but the digest of the model's weights (a fine-tuned sibling).
+            check_weights: False takes a fine-tuned sibling of the model, too.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -101,7 +101,7 @@ class LayerNetworks(nn.Module, ABC):
                 raise ValueError("its parameters hold NaN or infinities")
             made = cls(config, header["num_layers"], header["fingerprint"], header["info"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise BadFileError(f"{path} is damaged: {error}") from error
         made.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         if spec is not None:
             made.check_model(spec, f"{path}", check_weights)
@@ -111,13 +111,9 @@ class LayerNetworks(nn.Module, ABC):
         """Raises ValueError unless these are parameters for the model of ``spec``.
 
         Args:
-            check_weights: False compares everything but the digest of the model's weights (a fine-tuned sibling).
+            check_weights: False takes a fine-tuned sibling of the model, too.
         """
-        found, wanted = dict(self.fingerprint), dict(spec.fingerprint)
-        if not check_weights:
-            found.pop("weights", None)
-            wanted.pop("weights", None)
-        different = fingerprint_differences(found, wanted)
+        different = fingerprint_differences(self.fingerprint, spec.fingerprint, check_weights)
         compacted = spec.layer_kinds.count("full")
         if compacted != len(self.layers):
             different.append(f"it has {len(self.layers)} layers, the model {compacted} to compact")

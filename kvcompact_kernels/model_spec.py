@@ -36,10 +36,17 @@ class ModelSpec:
     fingerprint: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-def fingerprint_differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line per entry in which two fingerprints differ; empty when they describe the same model."""
-    return [
-        f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}"
-        for key in sorted(found.keys() | wanted.keys())
-        if found.get(key) != wanted.get(key)
-    ]
+def fingerprint_differences(found: dict[str, Any], wanted: dict[str, Any], check_weights: bool = True) -> list[str]:
+    """One line per entry in which two fingerprints differ; empty when they describe the same model.
+
+    Args:
+        check_weights: False leaves out what a fine-tuned sibling changes: the digest of the weights, the vocabulary's size.
+    """
+    left_out = () if check_weights else ("weights", "vocab_size")
+    different = [k for k in sorted(found.keys() | wanted.keys()) if k not in left_out and found.get(k) != wanted.get(k)]
+    # said already by what else differs
+    if "num_layers" in different:
+        different = [k for k in different if k != "layer_kinds"]
+    if len(different) > 1:
+        different = [k for k in different if k != "weights"]
+    return [f"{key} is {found.get(key)!r}, expected {wanted.get(key)!r}" for key in different]

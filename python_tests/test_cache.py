@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 
+from kvcompact_kernels._checks import BadFileError
 from kvcompact_kernels.cache import FORMAT, CompactBlock, CompactCache, WindowBlock, save_safetensors
 from kvcompact_kernels.rope import Rope
 
@@ -248,6 +249,26 @@ def test_tampered_headers(tmp_path, change):
         CompactCache.load(bad)
 
 
+def test_what_can_be_written_and_read_is_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        make_cache().save(tmp_path)
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        CompactCache.load(tmp_path)
+    (tmp_path / "text").write_text("no cache")
+    with pytest.raises(BadFileError, match="truncated or damaged"):
+        CompactCache.load(tmp_path / "text")
+
+
+def test_to_takes_what_a_tensor_takes():
+    cache = make_cache()
+    for changed in (cache.to(torch.bfloat16), cache.to(dtype=torch.bfloat16), cache.to("cpu", torch.bfloat16)):
+        assert changed.dtype == torch.bfloat16 and changed.device == cache.device
+    for wrong in ("bfloat16", torch.int8):
+        with pytest.raises(TypeError, match="dtype must be a floating torch.dtype, got"):
+            cache.to(dtype=wrong)
+
+
 def test_versions_and_formats(tmp_path):
     make_cache().save(tmp_path / "c")
     data = (tmp_path / "c").read_bytes()
@@ -290,6 +311,8 @@ def test_compose_refuses_what_does_not_fit():
         CompactCache.compose([])
     with pytest.raises(TypeError, match=r"caches\[1\] must be a CompactCache"):
         CompactCache.compose([make_cache(), "file"])
+    with pytest.raises(TypeError, match="must be a list of CompactCaches, got one"):
+        CompactCache.compose(make_cache())
     with pytest.raises(ValueError, match=r"caches\[1\] is of another model.*family"):
         CompactCache.compose([make_cache(), make_cache(fingerprint={"family": "y", "layers": [1, 2]})])
     with pytest.raises(ValueError, match="padded"):

@@ -52,6 +52,18 @@ def explained(*errors: type[BaseException], prefix: str = ""):
         raise CliError(f"{prefix}{text or type(error).__name__}") from error
 
 
+@contextmanager
+def usage_errors():
+    """Turns refused options into a UsageError, and a file that an option names and that cannot be used into a CliError."""
+    from .._checks import BadFileError
+
+    try:
+        with explained(OSError, BadFileError):
+            yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model, its tokenizer, and where they came from."""
@@ -143,6 +155,8 @@ def load_model(
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise CliError(f"{name} is not a model folder: it holds no config.json")
         local_only = True
+    if not local_only:
+        _check_hub(name)
     quieten_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,6 +172,29 @@ def load_model(
     except Exception as error:  # a damaged weight file raises safetensors' own error
         raise CliError(f"could not load the model {name!r}: {type(error).__name__}: {error}") from error
     return Loaded(model.to(device).eval(), tokenizer, name, source, note)
+
+
+def _check_hub(name: str) -> None:
+    """Raises CliError for a name that is not in the hub's cache while no connection to the hub can be made.
+
+    Its client would try again, file by file, for most of a minute. Whatever the hub answers is left to the client to explain.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from ..demo.model import ask_hub
+
+    try:
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise CliError(f"there is no model folder {name!r}, and the hub has no such names: {error}") from error
+    error = ask_hub(name)
+    if error is not None and not isinstance(error, (HfHubHTTPError, TimeoutError)):
+        raise CliError(
+            f"there is no model folder {name!r}, it is not in the hub's cache, and the hub cannot be reached: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def quieten_libraries() -> None:
@@ -211,15 +248,12 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
 
     Raises:
         UsageError: an unknown method or option, or a value that the method refuses.
-        CliError: a file that an option names cannot be read.
+        CliError: a file that an option names is missing or damaged.
     """
     from ..methods import get_method
 
-    try:
-        with explained(OSError):
-            return get_method(name, **options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    with usage_errors():
+        return get_method(name, **options)
 
 
 def add_plugin_argument(parser: argparse.ArgumentParser, what: str) -> None:

@@ -17,6 +17,7 @@ from .common import (
     read_text,
     reporter,
     run_plugins,
+    usage_errors,
 )
 
 NAME = "eval"
@@ -93,7 +94,7 @@ def _evaluate(args: argparse.Namespace, folder: Path, plugins: list[dict[str, st
     from ..evaluation.runner import EvalConfig, run_evaluation
     from ..evaluation.specs import parse_lengths, parse_ratios
 
-    try:
+    with usage_errors():
         config = EvalConfig(
             methods=_names(args.methods),
             tasks=_names(args.tasks),
@@ -104,11 +105,8 @@ def _evaluate(args: argparse.Namespace, folder: Path, plugins: list[dict[str, st
             query_aware=args.query_aware,
         )
         # before the model is loaded, which takes time
-        with explained(OSError):
-            config.make_methods()
-            config.make_tasks()
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+        config.make_methods()
+        config.make_tasks()
     texts = [(path, read_text(str(path))) for given in args.texts for path in text_files(given)]
     loaded = load_model(args.model, args.dtype, args.device, quiet=args.quiet)
     tell(f"model: {loaded.source}, {loaded.dtype_note}")

@@ -11,7 +11,6 @@ from typing import Any
 from .common import (
     CliError,
     Loaded,
-    UsageError,
     add_model_arguments,
     bytes_text,
     explained,
@@ -229,12 +228,3 @@ def training_errors() -> Iterator[None]:
 
     with explained(ValueError, TypeError, OSError, TrainingError, torch.OutOfMemoryError):
         yield
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns refused options into a UsageError."""
-    try:
-        yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from error

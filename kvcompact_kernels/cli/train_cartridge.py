@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .common import DEMO_MODEL, UsageError, add_model_arguments, load_model, read_text, reporter
-from .train import add_loop_arguments, check_output, loop_options, training_errors, usage_errors
+from .common import DEMO_MODEL, UsageError, add_model_arguments, load_model, read_text, reporter, usage_errors
+from .train import add_loop_arguments, check_output, loop_options, training_errors
 
 NAME = "cartridge"
 HELP = "train slots for a document: the model asks itself questions about it"

@@ -4,14 +4,13 @@
 import argparse
 from typing import Any
 
-from .common import parse_options
+from .common import parse_options, usage_errors
 from .train import (
     add_loop_arguments,
     add_text_arguments,
     loop_options,
     report_training,
     train_on_texts,
-    usage_errors,
 )
 
 NAME = "selector"

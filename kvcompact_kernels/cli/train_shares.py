@@ -5,8 +5,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, add_plugin_argument, bytes_text, parse_options, run_plugins
-from .train import add_data_arguments, train_on_texts, usage_errors
+from .common import add_model_arguments, add_plugin_argument, bytes_text, parse_options, run_plugins, usage_errors
+from .train import add_data_arguments, train_on_texts
 
 NAME = "shares"
 HELP = "measure how many slots each KV head of a model needs (minutes; for any method)"

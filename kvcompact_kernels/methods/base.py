@@ -219,12 +219,14 @@ def get_method(method: str | Method, **options) -> Method:
     Raises:
         ValueError: no method of that name, or an option that its class refuses.
         TypeError: an option that the method does not have.
-        FileNotFoundError: a file that an option names.
+        FileNotFoundError, BadFileError: a file that an option names is not there, or is damaged.
     """
     if isinstance(method, Method):
         if options:
             raise TypeError(f"options {sorted(options)} were given with a ready {type(method).__name__}")
         return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a Method with its options, got {method!r}")
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
     cls = _METHODS[method]

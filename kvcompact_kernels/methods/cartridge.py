@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_int
+from .._checks import BadFileError, check_int
 from ..cache import CompactBlock, CompactCache, WindowBlock
 from ..model_spec import ModelSpec, fingerprint_differences
 from ._selection import SelectionMethod, check_layer
@@ -43,7 +43,7 @@ class CartridgeInit(SelectionMethod):
                 raise TypeError(f"file must be a path, got {type(self.file).__name__}")
             cache = CompactCache.load(self.file)
             if cache.batch_size != 1:
-                raise ValueError(f"{self.file} must hold one context, got {cache.batch_size}")
+                raise BadFileError(f"{self.file} must hold one context, got {cache.batch_size}")
             self._trained = cache
 
     @property
@@ -193,7 +193,7 @@ class Cartridge(nn.Module):
 
         Args:
             model: the Hugging Face model that it is for; its fingerprint must match, and the cartridge goes to its device.
-            check_weights: False leaves the digest of the weights out (a fine-tuned sibling).
+            check_weights: False takes a fine-tuned sibling of the model, too (see ``CompactCache.load``).
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -202,12 +202,12 @@ class Cartridge(nn.Module):
         cache = CompactCache.load(path)
         options = cache.info.get("cartridge")
         if not isinstance(options, dict) or options.keys() != {"sinks", "train_beta"}:
-            raise ValueError(f"{path} is a compact cache, but no cartridge: load it with CompactCache.load")
+            raise BadFileError(f"{path} is a compact cache, but no cartridge: load it with CompactCache.load")
         if model is not None:
             from ..patch import check_fingerprint
 
-            check_fingerprint(cache, model, f"{path}", check_weights=check_weights)
-            cache = cache.to(next(model.parameters()).device)
+            wanted = check_fingerprint(cache, model, f"{path}", check_weights=check_weights)
+            cache = replace(cache, fingerprint=wanted).to(next(model.parameters()).device)
         return cls(cache, dtype=cache.dtype, **options)
 
 

@@ -21,6 +21,12 @@ FAMILIES = {
     "mistral": "Mistral",
     "gemma3_text": "Gemma 3 (text)",
 }
+# where PEFT, torch.compile and DataParallel keep the model that they wrap
+_WRAPPERS = {
+    "get_base_model()": lambda model: model.get_base_model() if hasattr(model, "get_base_model") else None,
+    "_orig_mod": lambda model: getattr(model, "_orig_mod", None),
+    "module": lambda model: getattr(model, "module", None),
+}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 _ROPE_FIELDS = (
@@ -94,26 +100,26 @@ def read_ropes(model: PreTrainedModel) -> dict[str, Rope]:
 
 def check_fingerprint(
     cache: CompactCache, model: PreTrainedModel, where: str = "the cache", check_weights: bool = True
-) -> None:
-    """Raises ValueError unless the cache was made by this model.
+) -> dict[str, Any]:
+    """Raises ValueError unless the cache was made by this model; returns the model's own fingerprint.
 
     Args:
         where: what the message calls the cache: its file, or an argument.
-        check_weights: False ignores the digest of the weights (a fine-tuned sibling).
+        check_weights: False takes the cache of a fine-tuned sibling, too.
     """
-    found, wanted = dict(cache.fingerprint), dict(model_spec(model).fingerprint)
-    if not check_weights:
-        found.pop("weights", None)
-        wanted.pop("weights", None)
-    different = fingerprint_differences(found, wanted)
+    wanted = model_spec(model).fingerprint
+    different = fingerprint_differences(cache.fingerprint, wanted, check_weights)
     if different:
         raise ValueError(f"{where} was made by another model: {'; '.join(different)}")
+    return wanted
 
 
 def _supported(model: Any) -> tuple[Any, nn.Module]:
     """The config and the base model (the decoder stack) of a supported model."""
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+        inner = [name for name, get in _WRAPPERS.items() if isinstance(get(model), PreTrainedModel)]
+        hint = f", which wraps one: give model.{inner[0]} instead" if inner else ""
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}{hint}")
     config, base = model.config, decoder(model)
     supported = ", ".join(f"{name} ({kind})" for kind, name in FAMILIES.items())
     if getattr(config, "model_type", None) not in FAMILIES:
@@ -200,18 +206,49 @@ def _rope_entry(parameters: dict[str, Any], config: Any) -> dict[str, Any]:
 def _weight_digest(base: nn.Module) -> str:
     """Hash of a sample of the weights, rounded to bf16 so that fp32 and bf16 loads of one model agree."""
     first, last = base.layers[0].self_attn, base.layers[-1].self_attn
-    weights = [base.embed_tokens.weight, base.norm.weight]
-    weights += [
-        module.weight for part in (first, last) for module in (part.q_proj, part.k_proj, part.v_proj, part.o_proj)
-    ]
+    modules = [base.embed_tokens, base.norm]
+    modules += [module for part in (first, last) for module in (part.q_proj, part.k_proj, part.v_proj, part.o_proj)]
     samples = []
-    for weight in weights:
+    for weight in [x for module in modules for x in _weights(module)] + _adapters(base):
         if weight.device.type == "meta":
             raise ValueError("the model's weights are on the meta device: load them first")
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 512)][:512]
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16)
-        samples.append(sample.contiguous().view(torch.uint8).to(weights[0].device))
+        samples.append(sample.contiguous().view(torch.uint8).to(modules[0].weight.device))
     # one copy from the device, for this runs before the first token of every request
     return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:32]
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    """The module's weight, or what a quantised module without one holds instead (``qweight``, scales, ...)."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return [weight]
+    found = dict(sorted([*module.named_parameters(), *module.named_buffers()]))
+    found.pop("bias", None)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(module).__module__}.{type(module).__name__} shows no weights, by which caches of this model could be told "
+            "from others'; models quantised in this way are not supported"
+        )
+    return list(found.values())
+
+
+def _adapters(base: nn.Module) -> list[torch.Tensor]:
+    """Weights of the active PEFT adapters in the first and the last module that has any: they change keys and values."""
+    adapted = [
+        module
+        for module in base.modules()
+        if hasattr(module, "adapter_layer_names") and not getattr(module, "disable_adapters", False)
+    ]
+    found = []
+    for module in adapted[:1] + adapted[1:][-1:]:
+        for name in module.adapter_layer_names:
+            held = getattr(module, name, {})
+            for adapter in module.active_adapters:
+                if adapter in held:
+                    part = held[adapter]
+                    found += part.parameters() if isinstance(part, nn.Module) else [part]
+    return found

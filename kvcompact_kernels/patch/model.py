@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .._checks import check_choice, check_int
 from ..backends.registry import backend_names
@@ -108,9 +108,12 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     state = _state(model)
     for hook in state.hooks:
         hook.remove()
+    _follow_implementation(state, state.own_config)
     # what was set on the config in the meantime stays set
     hidden = ("_attn_implementation", "_attn_implementation_internal")
     state.config.__dict__.update({k: v for k, v in state.own_config.__dict__.items() if k not in hidden})
+    if state.config._attn_implementation != state.previous:
+        state.config._attn_implementation = state.previous
     _swap_config(model, state.own_config, state.config)
     for name in ("generate", "compact"):
         model.__dict__.pop(name, None)
@@ -218,6 +221,13 @@ def _swap_config(model: PreTrainedModel, old: Any, new: Any) -> None:
             module.__dict__["config"] = new
 
 
+def _follow_implementation(state: PatchState, config: Any) -> None:
+    """After ``model.set_attn_implementation`` ordinary passes use what it named, and compact caches are still attended to."""
+    if config._attn_implementation != attention.NAME:
+        state.previous = config._attn_implementation
+        config._attn_implementation = attention.NAME
+
+
 def _state(model: Any) -> PatchState:
     if not is_patched(model):
         raise ValueError(f"this {type(model).__name__} is not patched: call patch_model first")
@@ -258,6 +268,7 @@ def _forward_names(kind: type) -> tuple[str, ...]:
 def _before(state: PatchState, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-hook of the decoder stack: makes the session, and the mask and positions that belong to it."""
     kwargs = {**dict(zip(_forward_names(type(base)), args)), **kwargs}
+    _follow_implementation(state, base.config)
     past = kwargs.get("past_key_values")
     if isinstance(past, CompactCache):
         past = kwargs["past_key_values"] = new_session(base, state, past)
@@ -370,6 +381,11 @@ def _generate(
     original = state.replaced.get("generate") or functools.partial(type(self).generate, self)
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     session = past_key_values
+    if not isinstance(session, (CompactCache, Cache, tuple, type(None))):
+        raise TypeError(
+            f"past_key_values must be a CompactCache or a cache of transformers, got {type(session).__name__}"
+            " (CompactCache.load reads a file, CompactCache.compose joins several)"
+        )
     if isinstance(session, CompactCache):
         session = new_session(self, state, session)
     elif session is None and state.compact_over is not None and not _forbids_session(kwargs):

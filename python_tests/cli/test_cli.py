@@ -99,6 +99,44 @@ def test_ask_is_generate_on_the_whole_prompt_when_every_token_is_kept(capsys, fo
     assert result["answers"][0]["answer"] == tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip()
 
 
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    import transformers
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from kvcompact_kernels.cli import common
+    from kvcompact_kernels.demo import model as fetching
+
+    class Reached(Exception):
+        pass
+
+    def load(*args, **kwargs):
+        raise Reached
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def answer(error):
+        monkeypatch.setattr(fetching, "ask_hub", lambda name: asked.append(name) or error)
+
+    answer(OSError("Name or service not known"))
+    with pytest.raises(common.CliError, match="'nobody/nothing'.*cannot be reached: Name or service not known"):
+        common.load_model("nobody/nothing", "float32", "cpu")
+    # whatever the hub says itself, or has no time to say, transformers explains
+    for error in (None, HfHubHTTPError.__new__(HfHubHTTPError), TimeoutError()):
+        answer(error)
+        with pytest.raises(common.CliError, match="Reached"):
+            common.load_model("nobody/nothing", "float32", "cpu")
+    assert asked == ["nobody/nothing"] * 4
+    with pytest.raises(common.CliError, match="the hub has no such names"):
+        common.load_model("no name at all", "float32", "cpu")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(common.CliError, match="Reached"):
+        common.load_model("nobody/nothing", "float32", "cpu")
+    assert len(asked) == 4
+
+
 def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
     path = tmp_path / "x.kvc"
     code, result = call_json(
@@ -132,6 +170,12 @@ def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
         (["compact", "{doc}", "--method", "snapkv", "-O", "window=0", "--out", "{out}"], 2, "window"),
         (["compact", "{doc}", "--method", "snapkv", "-O", "window", "--out", "{out}"], 2, "NAME=VALUE"),
         (["compact", "{doc}", "--method", "still", "-O", "weights={missing}", "--out", "{out}"], 1, "no file"),
+        (["compact", "{doc}", "--method", "still", "-O", "weights={doc}", "--out", "{out}"], 1, "truncated or damaged"),
+        (["compact", "{doc}", "--method", "snapkv", "-O", "shares={missing}", "--out", "{out}"], 1, "no file"),
+        (["compact", "{doc}", "--method", "snapkv", "-O", "shares={folder}", "--out", "{out}"], 1, "is a folder"),
+        (["compact", "{doc}", "--method", "snapkv", "-O", "shares={doc}", "--out", "{out}"], 1, "is damaged"),
+        (["compact", "{doc}", "--method", "snapkv", "-O", "shares={cache}", "--out", "{out}"], 1, "not a kvcompact"),
+        (["compact", "{doc}", "--method", "snapkv", "-O", "shares=3", "--out", "{out}"], 2, "shares must be a path"),
         (["compact", "{doc}", "--method", "snapkv", "--plugin", "{missing}", "--out", "{out}"], 1, "no such file"),
         (["compact", "{doc}", "--method", "minicache", "--out", "{out}"], 1, "fewer than two to pair"),
         (["compact", "{doc}", "--method", "snapkv", "--ratio", "0.5", "--out", "{out}"], 2, "--ratio"),
@@ -151,6 +195,7 @@ def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
         ),
         (["ask", "{missing}", "Why?"], 1, "no file"),
         (["ask", "{doc}", "Why?"], 1, "truncated or damaged"),
+        (["ask", "{folder}", "Why?"], 1, "is a folder"),
         (["ask", "{cache}", " "], 2, "empty"),
         (["ask", "{cache}", "Why?", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["ask", "{cache}"], 2, "QUESTION"),

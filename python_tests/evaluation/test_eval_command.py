@@ -255,11 +255,24 @@ def test_wrong_usage(more, message, folder, tmp_path, capsys):
     assert message in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("method", ["cartridge:file=no_file", "still:weights=no_file"])
-def test_files_of_methods_that_are_missing(method, folder, tmp_path, capsys):
-    assert run(folder, tmp_path / "x", "--no-plots", "--methods", method) == 1
-    error = capsys.readouterr().err
-    assert "there is no file no_file" in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--methods", "cartridge:file="),
+        ("--methods", "still:weights="),
+        ("--methods", "snapkv:shares="),
+        ("--tasks", "quality:file="),
+    ],
+)
+def test_files_that_are_missing_or_damaged(option, value, folder, tmp_path, capsys):
+    (tmp_path / "damaged").write_text('{"format": "kvc')
+    cases = (("no_file", "there is no file no_file"), (tmp_path / "damaged", "damaged"), (tmp_path, "a"))
+    for file, message in cases:
+        assert run(folder, tmp_path / "x", "--no-plots", option, f"{value}{file}") == 1
+        error = capsys.readouterr().err
+        assert (
+            message in error and str(file) in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
+        )
 
 
 def test_lengths_beyond_the_model(folder, tmp_path, capsys):

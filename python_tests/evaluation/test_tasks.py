@@ -232,7 +232,7 @@ def test_longbench_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["questions", "longhealth", "quality", "longbench"])
 def test_absent_files_are_named(name):
-    with pytest.raises(ValueError, match="there is no file /nowhere/x"):
+    with pytest.raises(FileNotFoundError, match="there is no file /nowhere/x"):
         get_task(name, file="/nowhere/x")
     with pytest.raises(TypeError, match=f"needs the option 'file', as in {name}:file="):
         get_task(name)

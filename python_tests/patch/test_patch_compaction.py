@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 
 import kvcompact_kernels as kc
 from kvcompact_kernels.cache import CompactBlock, CompactCache
+from kvcompact_kernels.model_spec import UnsupportedModelError, fingerprint_differences
 from kvcompact_kernels.patch import CompactSession, check_fingerprint, model_spec
 from kvcompact_kernels.patch.families import read_ropes
 
@@ -354,7 +356,6 @@ def test_fingerprint_tells_models_apart(tmp_path):
     other = tiny_model("llama", torch.float32, seed=1)
     with pytest.raises(ValueError, match="weights"):
         CompactCache.load(path, other)
-    CompactCache.load(path, other, check_weights=False)
     with pytest.raises(ValueError, match=r"cache\.safetensors was made by another model.*num_layers is 2, expected 4"):
         CompactCache.load(path, tiny_model("llama", num_hidden_layers=4))
     with pytest.raises(ValueError, match="rope"):
@@ -369,6 +370,115 @@ def test_fingerprint_tells_models_apart(tmp_path):
     assert model_spec(half).fingerprint == model_spec(exact).fingerprint
     json.dumps(model_spec(half).fingerprint)
     check_fingerprint(kc.compact(half, tiny_ids(1, 9), "full"), exact, "x")
+
+
+def test_a_fine_tuned_sibling_uses_the_cache(tmp_path):
+    model, sibling = (tiny_model("llama", torch.float32) for _ in range(2))
+    path = tmp_path / "cache.safetensors"
+    cache = kc.compact(model, tiny_ids(1, CONTEXT), "full")
+    cache.save(path)
+    with torch.no_grad():
+        sibling.model.layers[0].self_attn.q_proj.weight += 0.01
+    sibling.resize_token_embeddings(VOCABULARY + 3)
+    kc.patch_model(sibling, "full")
+    with pytest.raises(ValueError, match="vocab_size is 97, expected 100"):
+        CompactCache.load(path, sibling)
+    loaded = CompactCache.load(path, sibling, check_weights=False)
+    assert loaded.fingerprint == model_spec(sibling).fingerprint
+    question = tiny_ids(1, 3)
+    out = sibling.generate(question, past_key_values=loaded, max_new_tokens=2, do_sample=False)
+    assert out.shape == (1, 5)
+    CompactCache.compose([loaded, sibling.compact(tiny_ids(1, CONTEXT))])
+
+
+def test_differences_are_said_once():
+    found = model_spec(tiny_model("llama")).fingerprint
+    one = fingerprint_differences(found, {**found, "weights": "x"})
+    assert len(one) == 1 and one[0].startswith("weights is ")
+    wanted = model_spec(tiny_model("llama", num_hidden_layers=4)).fingerprint
+    assert fingerprint_differences(found, {**wanted, "weights": "x"}) == ["num_layers is 2, expected 4"]
+
+
+class Adapted(torch.nn.Linear):
+    """What PEFT's layers show of themselves."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    active_adapters = ("mine",)
+    disable_adapters = False
+
+    def __init__(self, linear, rank=2):
+        super().__init__(linear.in_features, linear.out_features, bias=False, dtype=linear.weight.dtype)
+        self.weight = linear.weight
+        sizes = {"lora_A": (self.in_features, rank), "lora_B": (rank, self.out_features)}
+        for name, (width, out) in sizes.items():
+            adapters = {key: torch.nn.Linear(width, out, bias=False) for key in ("mine", "yours")}
+            setattr(self, name, torch.nn.ModuleDict(adapters))
+
+
+def test_adapters_are_part_of_the_fingerprint():
+    model = tiny_model("llama")
+    bare = model_spec(model).fingerprint
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
+    digests = {model_spec(model).fingerprint["weights"] for _ in range(2)}
+    digests.add(bare["weights"])
+    for layer in model.model.layers:
+        layer.mlp.up_proj.active_adapters = ("yours",)
+    digests.add(model_spec(model).fingerprint["weights"])
+    with torch.no_grad():
+        model.model.layers[-1].mlp.up_proj.lora_B["yours"].weight += 1
+    digests.add(model_spec(model).fingerprint["weights"])
+    assert len(digests) == 4
+    for layer in model.model.layers:
+        layer.mlp.up_proj.disable_adapters = True
+    assert model_spec(model).fingerprint == bare
+
+
+def test_quantised_weights_are_part_of_the_fingerprint():
+    class Packed(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("qweight", (linear.weight * 16).round().to(torch.int8))
+            self.register_buffer("scales", torch.full((1,), 1 / 16, dtype=linear.weight.dtype))
+
+        def forward(self, x):
+            return x @ (self.qweight * self.scales).T
+
+    digests = set()
+    for seed in (0, 0, 1):
+        model, plain = tiny_model("llama", seed=0), tiny_model("llama", seed=seed)
+        for layer, other in zip(model.model.layers, plain.model.layers):
+            layer.self_attn.k_proj = Packed(other.self_attn.k_proj)
+        digests.add(model_spec(model).fingerprint["weights"])
+        kc.patch_model(model, "full")
+        cache = model.compact(tiny_ids(1, CONTEXT))
+        assert model.generate(tiny_ids(1, 3), past_key_values=cache, max_new_tokens=2).shape == (1, 5)
+    assert len(digests) == 2
+
+    class Hidden(torch.nn.Module):
+        def weight(self):
+            return None
+
+    model.model.layers[0].self_attn.k_proj = Hidden()
+    with pytest.raises(UnsupportedModelError, match="Hidden shows no weights"):
+        model_spec(model)
+
+
+def test_wrappers_are_named():
+    model = tiny_model("llama")
+
+    class Peft(torch.nn.Module):
+        def get_base_model(self):
+            return model
+
+    wrapped = {
+        "get_base_model()": Peft(),
+        "_orig_mod": torch.compile(model),
+        "module": torch.nn.DataParallel(model),
+    }
+    for name, wrapper in wrapped.items():
+        with pytest.raises(TypeError, match=re.escape(f"which wraps one: give model.{name} instead")):
+            kc.patch_model(wrapper)
 
 
 def test_truncated_tampered_and_foreign_files(tmp_path):

@@ -2,6 +2,7 @@
 """A cache that keeps every token, and one that keeps some, against the unpatched model."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -183,6 +184,40 @@ def test_two_models_with_one_config_do_not_meet():
     assert torch.equal(second.generate(question, past_key_values=b, max_new_tokens=4, do_sample=False), wanted)
     assert torch.equal(third(ids).logits, first(ids).logits)
     assert "compact" not in third.__dict__ and not hasattr(type(first), "compact")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_attention_implementation_after_patching(family):
+    """It is the one of ordinary passes; slots are attended to as before."""
+    model, other = tiny_model(family), tiny_model(family)
+    context, question = tiny_ids(1, CONTEXT), tiny_ids(1, 4, seed=3)
+    kc.patch_model(model, "uniform", ratio=4)
+    cache = model.compact(context)
+    with torch.no_grad():
+        before = model(question, past_key_values=cache).logits
+        model.set_attn_implementation("eager")
+        other.set_attn_implementation("eager")
+        assert torch.equal(model(question, past_key_values=cache).logits, before)
+        assert torch.equal(model(context).logits, other(context).logits)
+        assert torch.equal(model.compact(context).layers[-1].keys, cache.layers[-1].keys)
+    model.set_attn_implementation("eager")
+    kc.unpatch_model(model)
+    assert model.config._attn_implementation == "eager"
+    assert all(part.config._attn_implementation == "eager" for part in model.modules() if hasattr(part, "config"))
+
+
+def test_a_model_that_is_not_patched_says_so():
+    model = tiny_model("llama")
+    cache = kc.compact(model, tiny_ids(1, CONTEXT), "full")
+    for use in (model.generate, model):
+        with pytest.raises(TypeError, match=r"before kvcompact_kernels.patch_model\(model\)"):
+            use(tiny_ids(1, 3), past_key_values=cache)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cache.method = "other"
+    kc.patch_model(model)
+    for wrong in ("notes.kvc", [cache], {}):
+        with pytest.raises(TypeError, match="past_key_values must be a CompactCache or a cache of transformers, got"):
+            model.generate(tiny_ids(1, 3), past_key_values=wrong)
 
 
 def test_patching_again_replaces_the_method():

@@ -36,8 +36,8 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
     for extra, code, words in [
         (["--slots", "4000"], 1, "fewer than the 4000 slots"),
         (["--init", "magic"], 2, "method must be one of"),
-        (["--init", "cartridge:file=nowhere.kvc"], 2, "there is no file nowhere.kvc"),
-        (["--init", "self_study:weights=nowhere"], 2, "there is no file nowhere"),
+        (["--init", "cartridge:file=nowhere.kvc"], 1, "there is no file nowhere.kvc"),
+        (["--init", "self_study:weights=nowhere"], 1, "there is no file nowhere"),
         (["--init", "self_study:weight=x"], 2, "init 'self_study' has one option, weights; got weight"),
         (["--kinds", "question,riddle"], 2, "kinds must be some of 'structuring'"),
         (["--short-answers", "2"], 2, "short_answers must be in [0, 1.0], got 2.0"),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..._checks import BadFileError
 from .base import Room
 
 LETTERS = "ABCDEFGH"
@@ -15,13 +16,13 @@ def check_path(option: str, value: Any, what: str) -> Path:
     """The file.
 
     Raises:
-        TypeError: no text. ValueError: there is no such file.
+        TypeError: no text. FileNotFoundError: there is no such file.
     """
     if not isinstance(value, str):
         raise TypeError(f"{option} must be a path, got {value!r}")
     path = Path(value).expanduser()
     if not path.is_file():
-        raise ValueError(f"there is no file {path}: {what}")
+        raise FileNotFoundError(f"there is no file {path}: {what}")
     return path
 
 
@@ -34,7 +35,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise BadFileError(f"{path} is not JSON: {error}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -50,9 +51,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {i + 1} is not a JSON object: {error}") from error
+            raise BadFileError(f"{path}, line {i + 1} is not a JSON object: {error}") from error
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise BadFileError(f"{path} is empty")
     return rows
 
 
@@ -66,7 +67,7 @@ def take(row: dict[str, Any], key: str, kind: type, where: str) -> Any:
     fits = isinstance(value, kind)
     if not fits:
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where}: expected {key!r} of type {kind.__name__}, found {found}")
+        raise BadFileError(f"{where}: expected {key!r} of type {kind.__name__}, found {found}")
     return value
 
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from ..._checks import check_int
+from ..._checks import BadFileError, check_int
 from ._files import both_ends, check_path, read_lines, take
 from .base import Case, Question, Room, Task, register_task
 
@@ -39,7 +39,7 @@ class LongBench(Task):
             take(row, "context", str, where)
             take(row, "input", str, where)
             if not all(isinstance(a, str) and a for a in take(row, "answers", list, where)) or not row["answers"]:
-                raise ValueError(f"{where}: answers must be a list of strings")
+                raise BadFileError(f"{where}: answers must be a list of strings")
 
     def num_cases(self) -> int:
         return len(self._rows)

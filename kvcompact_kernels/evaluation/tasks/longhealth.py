@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 
-from ..._checks import check_int
+from ..._checks import BadFileError, check_int
 from ._files import LETTERS, both_ends, check_path, multiple_choice, read_json, take
 from .base import Case, Question, Room, Task, register_task
 
@@ -34,7 +34,7 @@ class LongHealth(Task):
         )
         patients = read_json(path)
         if not isinstance(patients, dict) or not patients:
-            raise ValueError(f"{path} must hold an object of patients")
+            raise BadFileError(f"{path} must hold an object of patients")
         self._patients = []
         for name, patient in patients.items():
             texts = take(patient, "texts", dict, f"{path}, {name}")
@@ -53,6 +53,6 @@ def _probe(question: dict, where: str) -> Question:
     options = [take(question, f"answer_{letter.lower()}", str, where) for letter in LETTERS[:5]]
     right = take(question, "correct", str, where)
     if right not in options:
-        raise ValueError(f"{where}: the correct answer is none of the options")
+        raise BadFileError(f"{where}: the correct answer is none of the options")
     text = multiple_choice(take(question, "question", str, where), options)
     return Question(text, (LETTERS[options.index(right)],), "choice", "", tuple(LETTERS[:5]))

@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass
 
+from ..._checks import BadFileError
 from ._files import LETTERS, both_ends, check_path, multiple_choice, read_lines, take
 from .base import Case, Question, Room, Task, register_task
 
@@ -37,13 +38,13 @@ class Quality(Task):
                 if "gold_label" in question:
                     gold = take(question, "gold_label", int, where)
                     if not 1 <= gold <= len(options) <= len(LETTERS):
-                        raise ValueError(f"{where}: gold_label {gold} is none of the {len(options)} options")
+                        raise BadFileError(f"{where}: gold_label {gold} is none of the {len(options)} options")
                     ask = multiple_choice(take(question, "question", str, where), options)
                     letters = tuple(LETTERS[: len(options)])
                     probes.append(Question(ask, (letters[gold - 1],), "choice", "", letters))
         self._articles = [(text, probes) for text, probes in articles.items() if probes]
         if not self._articles:
-            raise ValueError(f"{path} holds no question with a gold label")
+            raise BadFileError(f"{path} holds no question with a gold label")
 
     def num_cases(self) -> int:
         return len(self._articles)

@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..._checks import BadFileError
 from ..metrics import found
 from ._files import beginning, check_path, read_json, take
 from .base import Case, Question, Room, Task, register_task
@@ -57,11 +58,11 @@ class Questions(Task):
 def _entries(path: Path) -> list[dict]:
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} must hold a list of questions")
+        raise BadFileError(f"{path} must hold a list of questions")
     for i, entry in enumerate(entries):
         where = f"{path}, question {i + 1}"
         take(entry, "query", str, where)
         answers = take(entry, "answers", list, where)
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-            raise ValueError(f"{where}: answers must be a list of strings, got {answers!r}")
+            raise BadFileError(f"{where}: answers must be a list of strings, got {answers!r}")
     return entries
