@@ -74,7 +74,8 @@ class Layer:
         self.params = {n: (p + torch.randn_like(p) / math.sqrt(p.shape[-1])).to(case.dtype) for n, p in params.items()}
 
     def cross_attention_arguments(self) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        config, p, positions = self.config, self.params, torch.arange(self.keys.shape[2])
+        config, p = self.config, self.params
+        positions = torch.arange(self.keys.shape[2], device=self.keys.device)
         where = reference.latent_positions(positions, config.num_latents)
         tables = reference.int_tables(config, where, where[0], torch.float32)
         query = reference.latent_queries(p["latents"][None, None], p, "block0_", config, tables)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from kvcompact_kernels.backends.cpu import library
+from kvcompact_kernels.testing.memory import requested_bytes
 from kvcompact_kernels.version import __version__
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -201,10 +202,10 @@ def temporary_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     else:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = requested_bytes()
         result = function()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = requested_bytes("peak") - before
     kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in result if x is not None}
     return peak - sum(kept.values())
 

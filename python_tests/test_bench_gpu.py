@@ -427,6 +427,37 @@ def test_optional_parts_end_with_the_others(gpu, tmp_path):
     assert outcomes[0].detail == "1 passed" and time.monotonic() - start < 50
 
 
+def test_each_test_counts_once(gpu, tmp_path):
+    lines = ["[gw1] [ 50%] FAILED a.py::t", "[gw0] [100%] PASSED a.py::u", "FAILED a.py::t - AssertionError: ERROR"]
+    tests = part(gpu, "tests", f"print({chr(10).join(lines)!r}); raise SystemExit(1)")
+    outcome = gpu.visit.run_visit([[tests]], 50, tmp_path, str)[0]
+    assert (outcome.status, outcome.detail) == ("failed", "1 passed, 1 failed")
+
+
+def test_a_lost_context_ends_the_process_that_tests(monkeypatch, request):
+    """With worksteal it would fail, one after the other, all tests that are left."""
+    conftest = next(p for p in request.config.pluginmanager.get_plugins() if hasattr(p, "MOST_KEPT"))
+    ended, item = [], SimpleNamespace(keywords={"gpu": True})
+
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(conftest.os, "_exit", ended.append)
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    conftest.pytest_runtest_setup(item)
+    assert not ended
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    conftest.pytest_runtest_setup(SimpleNamespace(keywords={}))
+    assert not ended
+    conftest.pytest_runtest_setup(item)
+    assert ended == [1]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    with pytest.raises(pytest.exit.Exception, match="context is lost: an illegal"):
+        conftest.pytest_runtest_setup(item)
+
+
 def test_what_one_part_leaves_over_goes_to_the_next(gpu, tmp_path):
     quick, limits = part(gpu, "quick", "pass", 100), []
     code = "import sys; print(sys.argv[1:])"

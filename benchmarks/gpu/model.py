@@ -16,6 +16,7 @@ from lab import Bench, Goal, Work, relative_error
 from torch import Tensor
 
 from kvcompact_kernels.cache import CompactBlock, CompactCache
+from kvcompact_kernels.testing.memory import requested_bytes
 
 SIZES = {
     "hidden_size": 2560,
@@ -205,7 +206,7 @@ def _attention(config, batch: int, keys: int) -> float:
 
 
 def _allocated(device: str) -> int:
-    return 0 if device == "cpu" else torch.cuda.memory_allocated()
+    return 0 if device == "cpu" else requested_bytes()
 
 
 def _note(times, name: str, batch: int, held: dict[int, int], ratio: int, size: float) -> str:

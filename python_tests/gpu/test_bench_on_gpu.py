@@ -16,6 +16,7 @@ from kvcompact_kernels.cache import CompactBlock, CompactCache
 from kvcompact_kernels.ops import compact_attention, still_compaction, still_compaction_chunked
 from kvcompact_kernels.rope import Rope
 from kvcompact_kernels.still_config import StillConfig, init_still_parameters
+from kvcompact_kernels.testing.draws import draws
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 
 
+@draws(5)  # what other processes do on the GPU meanwhile is timed as well
 def test_the_timer_sees_twice_the_work():
     from common import measure_cuda
 

@@ -16,6 +16,7 @@ from kvcompact_kernels.ops import pack_slots, still_compaction, still_compaction
 from kvcompact_kernels.reference.pack import pack_slots as packed_by_definition
 from kvcompact_kernels.rope import Rope
 from kvcompact_kernels.still_config import StillConfig, init_still_parameters
+from kvcompact_kernels.testing.memory import requested_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,10 +69,10 @@ def test_packing_waits_for_nothing_and_replays_in_a_graph():
 def test_release_frees_the_old_memory():
     keys, values, kept = caches(layers=8, tokens=8192, slots=1000)
     old = sum(x.nbytes for x in keys + values)
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     packed = pack_slots(keys, values, kept, release=True)
     new = sum(x.nbytes for x in packed[0] + packed[1])
-    assert abs(torch.cuda.memory_allocated() - (before - old + new)) < 1 << 20
+    assert abs(requested_bytes() - (before - old + new)) < 1 << 20
 
 
 def test_other_layers_compile_nothing():
@@ -184,9 +185,9 @@ def test_temporary_memory_of_all_layers():
     del kept
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     again = still_compaction(*args, backend="triton")
-    peak = torch.cuda.max_memory_allocated() - before - size
+    peak = requested_bytes("peak") - before - size
     assert again and peak <= 0.055 * 36 * 2 * 8 * 8192 * 128 * 2, peak
 
 
