@@ -44,10 +44,12 @@ class Gpu {
 
   static bool holds(const torch::stable::Tensor& tensor) { return tensor.is_cuda(); }
 
-  int64_t multiprocessors() const {
-    int number = 0;
-    KVC_CUDA_CHECK(cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, index_));
-    return number;
+  int64_t multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  // How many blocks with so much dynamic shared memory fit on one multiprocessor, as far as that memory goes.
+  int64_t resident_blocks(int64_t shared_bytes) const {
+    return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) /
+           (shared_bytes + attribute(cudaDevAttrReservedSharedMemoryPerBlock));
   }
 
   // A kernel that takes one struct, and `shared_bytes` of dynamic shared memory.
@@ -63,6 +65,12 @@ class Gpu {
   }
 
  private:
+  int64_t attribute(cudaDeviceAttr which) const {
+    int number = 0;
+    KVC_CUDA_CHECK(cudaDeviceGetAttribute(&number, which, index_));
+    return number;
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;

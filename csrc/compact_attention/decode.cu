@@ -145,8 +145,20 @@ void launch(const Gpu& gpu, const Decode& params, int64_t rows, int64_t head_dim
   }
 }
 
-int64_t resident_blocks(int64_t head_dim) {
-  return head_dim <= 64 ? kvc::kDecodeResidency<64> : head_dim <= 128 ? kvc::kDecodeResidency<128> : kvc::kDecodeResidency<256>;
+// Blocks on a multiprocessor: registers allow the kernel's kDecodeResidency, some GPUs' shared memory fewer.
+template <int kDim>
+int64_t resident_blocks(const Gpu& gpu) {
+  const int64_t fitting = gpu.resident_blocks(kvc::DecodeShared<kDim>::kBytes);
+  return std::max<int64_t>(1, std::min<int64_t>(kvc::kDecodeResidency<kDim>, fitting));
+}
+
+int64_t resident_blocks(const Gpu& gpu, int64_t head_dim) {
+  switch (head_dim) {
+    case 64: return resident_blocks<64>(gpu);
+    case 96: return resident_blocks<96>(gpu);
+    case 128: return resident_blocks<128>(gpu);
+    default: return resident_blocks<256>(gpu);
+  }
 }
 
 // `splits`: of each kind of keys, 0 for the plan's choice.
@@ -237,7 +249,7 @@ std::tuple<Tensor, Tensor> compact_attention_decode(
   const int64_t head_rows = heads / num_kv_heads * query_len;
   p.own_tiles = static_cast<int32_t>(ceil_div(head_rows, kvc::kTileRows));
   p.shared_tiles = static_cast<int32_t>(ceil_div(head_rows * batch, kvc::kTileRows));
-  const int64_t room = resident_blocks(head_dim) * gpu.multiprocessors();
+  const int64_t room = resident_blocks(gpu, head_dim) * gpu.multiprocessors();
   if (p.shared_segments > 0) {
     p.shared_splits = plan_splits(room, num_kv_heads * p.shared_tiles, shared_keys, splits);
   }

@@ -63,9 +63,10 @@ constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kTileRows = 16;
 constexpr int kTileKeys = 16;
 
-// Depth of a warp's pipeline, and blocks on a multiprocessor: together 140 KiB or more of copies in flight on an H100.
+// Depth of a warp's pipeline, and blocks on a multiprocessor: together 130 KiB or more of copies in flight on an H100, whose
+// 228 KiB of shared memory hold so many blocks, each with 1 KiB that the system takes.
 template <int kDim>
-constexpr int kDecodeStages = kDim <= 64 ? 4 : kDim <= 96 ? 3 : 2;
+constexpr int kDecodeStages = kDim <= 96 ? 3 : 2;
 template <int kDim>
 constexpr int kDecodeResidency = kDim <= 64 ? 3 : kDim <= 128 ? 2 : 1;
 
@@ -84,6 +85,7 @@ struct DecodeShared {
   static constexpr int kStats = kDecodeWarps * kTileRows * 2 * 4;
   static constexpr int kBytes = kQueries + kPipeline;
   static_assert(kSums + kStats <= kPipeline, "the warps' results fit where the pipeline was");
+  static_assert(kDecodeResidency<kDim> * (kBytes + 1024) <= 228 * 1024, "so many blocks fit on a multiprocessor of an H100");
 };
 
 namespace decode {

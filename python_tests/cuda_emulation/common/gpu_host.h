@@ -23,6 +23,7 @@ class Gpu {
   explicit Gpu(const torch::stable::Tensor&) {}
   static bool holds(const torch::stable::Tensor& tensor) { return tensor.is_cpu(); }
   int64_t multiprocessors() const { return emulated_multiprocessors; }
+  int64_t resident_blocks(int64_t shared_bytes) const { return 228 * 1024 / (shared_bytes + 1024); }  // an H100's
 
   template <class Params>
   void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, const Params& params) const {
