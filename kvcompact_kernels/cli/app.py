@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed(args: argparse.Namespace, message: str) -> dict[str, Any]:
-    say(f"kvcompact {args.command}: {message}")
+    say(f"kvcompact {' '.join(filter(None, (args.command, getattr(args, 'kind', None))))}: {message}")
     return {"error": message}
 
 

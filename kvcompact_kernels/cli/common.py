@@ -10,7 +10,7 @@ import runpy
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,19 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
             options[name] = json.loads(value)
         except ValueError:
             options[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return options
+
+
+def check_fields(cls: type, pairs: list[str], flag: str) -> dict[str, Any]:
+    """What :func:`parse_options` makes of ``pairs``, for fields of a dataclass.
+
+    Raises:
+        UsageError: an entry without "=", or of another name.
+    """
+    options, known = parse_options(pairs), [f.name for f in fields(cls) if f.init]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise UsageError(f"{flag}: {cls.__name__} has no field {unknown[0]!r}; its fields are: {', '.join(known)}")
     return options
 
 

@@ -13,9 +13,9 @@ from .common import (
     Loaded,
     add_model_arguments,
     bytes_text,
+    check_fields,
     explained,
     load_model,
-    parse_options,
     reporter,
 )
 
@@ -137,8 +137,8 @@ def add_distillation_arguments(parser: argparse.ArgumentParser, context: str) ->
     )
 
 
-def distillation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """These options, and those of -O, as keyword arguments of ``StillOptions``."""
+def distillation_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """These options, and those of -O, as keyword arguments of ``cls``, ``StillOptions`` or a kind of them."""
     from ..evaluation.specs import parse_lengths, parse_ratios
 
     return {
@@ -147,7 +147,7 @@ def distillation_options(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "autocast": args.autocast,
         "gradient_checkpointing": args.gradient_checkpointing,
-        **parse_options(args.option),
+        **check_fields(cls, args.option, "--option"),
     }
 
 

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from .common import UsageError, parse_options, usage_errors
+from .common import UsageError, check_fields, usage_errors
 from .train import (
     add_distillation_arguments,
     add_loop_arguments,
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..training.kv_distill import KVDistillOptions, default_loop, train_kv_distill
 
     with usage_errors():
-        options = KVDistillOptions(**distillation_options(args))
+        options = KVDistillOptions(**distillation_options(args, KVDistillOptions))
         loop = default_loop(accumulate=args.accumulate, **loop_options(args))
-        config = parse_options(args.config)
+        config = check_fields(DistillerConfig, args.config, "--config")
         if args.start and config:
             raise UsageError("--start comes without --config: the file has its own")
         DistillerConfig(**{"head_dim": 1, "num_kv_heads": 1, **config})

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from .common import parse_options, usage_errors
+from .common import check_fields, usage_errors
 from .train import (
     add_loop_arguments,
     add_text_arguments,
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "contexts": tuple(parse_lengths(args.context)),
                 "examples": args.examples,
                 "batch": args.batch,
-                **parse_options(args.option),
+                **check_fields(SelectorOptions, args.option, "--option"),
             }
         )
         loop = default_loop(**loop_options(args))
-        fields = parse_options(args.config)
+        fields = check_fields(SelectorConfig, args.config, "--config")
         SelectorConfig(**{"head_dim": 1, "num_kv_heads": 1, **fields})
 
     def train(loaded: Any) -> Any:

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import add_model_arguments, add_plugin_argument, bytes_text, parse_options, run_plugins, usage_errors
+from .common import add_model_arguments, add_plugin_argument, bytes_text, check_fields, run_plugins, usage_errors
 from .train import add_data_arguments, train_on_texts
 
 NAME = "shares"
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "contexts": args.contexts,
                 "lengths": tuple(parse_lengths(args.context)),
                 "seed": args.seed,
-                **parse_options(args.option),
+                **check_fields(SharesOptions, args.option, "--option"),
             }
         )
         name, settings = parse_spec(args.method)

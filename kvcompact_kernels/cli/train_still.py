@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from .common import UsageError, parse_options, usage_errors
+from .common import UsageError, check_fields, usage_errors
 from .train import (
     add_distillation_arguments,
     add_loop_arguments,
@@ -36,13 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from ..still_config import StillConfig
     from ..training.loop import LoopConfig
     from ..training.still import StillOptions, train_still
 
     with usage_errors():
-        options = StillOptions(**distillation_options(args))
+        options = StillOptions(**distillation_options(args, StillOptions))
         loop = LoopConfig(accumulate=args.accumulate, **loop_options(args))
-        config = parse_options(args.config)
+        config = check_fields(StillConfig, args.config, "--config")
         if args.start and (config or args.slots is not None):
             raise UsageError("--start comes without --slots and --config: the file has its own")
     result, loaded = train_on_texts(

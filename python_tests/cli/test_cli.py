@@ -200,6 +200,17 @@ def test_compact_result_and_plain_output(capsys, folder, document, tmp_path):
         (["ask", "{cache}", "Why?", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["ask", "{cache}"], 2, "QUESTION"),
         (["methods", "magic"], 2, "'magic'"),
+        (
+            ["train", "still", "--data", "{doc}", "--out", "{out}", "-O", "x=1"],
+            2,
+            "train still: --option: StillOptions has",
+        ),
+        (["train", "still", "--data", "{doc}", "--out", "{out}", "-C", "x=1"], 2, "its fields are: slots, "),
+        (["train", "selector", "--data", "{doc}", "--out", "{out}", "-O", "x=1"], 2, "no field 'x'; its fields are: "),
+        (["train", "selector", "--data", "{doc}", "--out", "{out}", "-C", "x=1"], 2, "SelectorConfig has no field 'x'"),
+        (["train", "kv_distill", "--data", "{doc}", "--out", "{out}", "-O", "x=1"], 2, "KVDistillOptions has no field"),
+        (["train", "kv_distill", "--data", "{doc}", "--out", "{out}", "-C", "x=1"], 2, "DistillerConfig has no field"),
+        (["train", "shares", "--data", "{doc}", "--out", "{out}", "-O", "x=1"], 2, "SharesOptions has no field 'x'"),
         (["demo", "--methods", "magic"], 2, "'magic'"),
         (["demo", "--ratios", "2,x"], 2, "--ratios"),
         (["demo", "--ratios", "0"], 2, "--ratios"),
@@ -290,6 +301,18 @@ def test_full_disk(capsys, folder, document, tmp_path, monkeypatch):
         capsys, "compact", document, "--model", folder, "--method", "full", "--ratio", 1, "--out", out, "--quiet"
     )
     assert code == 1 and "No space left" in text
+
+
+def test_methods_says_what_every_option_is(capsys):
+    for name in list_methods():
+        code, result = call_json(capsys, "methods", name)
+        assert code == 0
+        options = result["methods"][0]["options"]
+        assert all(o["help"].strip() for o in options), name
+        assert call("methods", name) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert all(any(line.split()[:1] == [o["name"]] for line in out[3:]) for o in options)
+        assert max(map(len, out[3:]), default=0) <= 112
 
 
 def test_methods_lists_the_registry(capsys):
