@@ -45,12 +45,22 @@ class PromptFormat:
 
 
 def prompt_format(tokenizer: Any) -> PromptFormat:
-    """The format of the tokenizer's chat template, or a plain one when it has none."""
+    """The format of the tokenizer's chat template, or a plain one when it has none that holds both texts.
+
+    Raises:
+        ValueError: the template cannot be used.
+    """
     if getattr(tokenizer, "chat_template", None):
         message = {"role": "user", "content": f"{_DOCUMENT}\n\n{_QUESTION}"}
-        text = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template is a program
+            raise ValueError(
+                f"the tokenizer's chat template fails on a user's message ({type(error).__name__}: {error}); without a "
+                "template (chat_template None) prompts are plain text"
+            ) from error
         if text.count(_DOCUMENT) == 1 and text.count(_QUESTION) == 1:
             before, rest = text.split(_DOCUMENT)
             between, after = rest.split(_QUESTION)

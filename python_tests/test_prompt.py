@@ -47,6 +47,13 @@ def test_a_template_that_drops_content_falls_back():
     assert not prompt_format(tokenizer).chat
 
 
+def test_a_template_that_fails_is_told():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(ValueError, match="chat template fails on a user's message .*no users here.*plain text"):
+        prompt_format(tokenizer)
+
+
 def test_json_round_trip_and_refusal():
     form = prompt_format(tiny_tokenizer())
     assert PromptFormat.from_json(form.to_json()) == form

@@ -8,6 +8,7 @@ backend has one, returns the reason why it does not take a call that it could ru
 has one, takes a list of such arguments, one a layer, and serves them together; the op says what it returns.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,12 +112,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         Explanation: ``chosen`` and ``reasons``; ``print`` it for a short report.
 
     Raises:
-        ValueError: unknown op, or arguments that the op itself would refuse.
+        TypeError, ValueError: unknown op, or arguments that the op itself would refuse.
     """
     from .. import ops  # noqa: F401  (registers the backends)
 
     if op not in _BACKENDS:
         raise ValueError(f"op must be one of {', '.join(map(repr, _BACKENDS))}, got {op!r}")
+    try:
+        inspect.signature(_NORMALISE[op]).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain({op!r}, ...): {error}") from None
     normalised = _NORMALISE[op](*args, **kwargs)
     chosen, reasons = None, {}
     for backend in _BACKENDS[op]:

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from .. import compact
 
-    form = prompt_format(loaded.tokenizer)
+    with explained(ValueError):
+        form = prompt_format(loaded.tokenizer)
     ids = document_ids(loaded.tokenizer, form, text)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         document = make_document(count, args.tokens, args.needles, args.seed)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    demo = Demo(loaded.model, loaded.tokenizer, document)
+    with explained(ValueError):
+        demo = Demo(loaded.model, loaded.tokenizer, document)
     outcome = Outcome(
         {
             "model_name": "SmolLM2-135M-Instruct" if args.model == "demo" else Path(loaded.path).name,

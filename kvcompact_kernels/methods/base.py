@@ -196,6 +196,8 @@ _METHODS: dict[str, type[Method]] = {}
 
 def register_method(cls: type[Method]) -> type[Method]:
     """Class decorator: makes a method known under ``cls.name``. A name can be registered once."""
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise TypeError(f"register_method takes a class that derives from Method, got {cls!r}")
     for attribute in ("name", "summary", "source"):
         if not isinstance(getattr(cls, attribute, None), str):
             raise TypeError(f"{cls.__name__}.{attribute} must be a string")

@@ -7,7 +7,7 @@ from test_selection_methods import make_layer
 from tiny_models import tiny_ids, tiny_model
 
 from kvcompact_kernels import compact, patch_model
-from kvcompact_kernels.methods import get_method, list_methods
+from kvcompact_kernels.methods import get_method, list_methods, register_method
 from kvcompact_kernels.methods.cartridge import Cartridge
 from kvcompact_kernels.patch import is_patched
 
@@ -135,3 +135,13 @@ def test_methods_that_cannot_compact_a_running_conversation_say_why(tmp_path):
         with pytest.raises(ValueError, match=f"compact_over cannot be used with method '{name}', which {why}"):
             patch_model(model, name, compact_over=24, **options)
     assert not is_patched(model)
+
+
+def test_what_is_no_method_is_refused():
+    with pytest.raises(TypeError, match="method must be a name or a Method with its options, got "):
+        get_method(["snapkv"])
+    with pytest.raises(TypeError, match="method must be a name or a Method with its options, got "):
+        get_method(type(get_method("snapkv")))
+    for wrong in (3, int):
+        with pytest.raises(TypeError, match="takes a class that derives from Method"):
+            register_method(wrong)

@@ -108,6 +108,11 @@ def test_gradients():
     )
 
 
+def test_explain_names_the_argument_that_is_missing():
+    with pytest.raises(TypeError, match=r"explain\('pack_slots', ...\): missing a required argument: "):
+        explain("pack_slots")
+
+
 def test_explains_its_choice():
     found = explain("pack_slots", *make())
     assert found.chosen == "torch" and "CUDA" in found.reasons["triton"] or "interpreter" in found.reasons["triton"]
