@@ -4,6 +4,9 @@
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command with ``argv`` (default: the process's arguments) and returns its exit code."""
-    from .app import main as run
+    try:
+        from .app import main as run
 
-    return run(argv)
+        return run(argv)
+    except KeyboardInterrupt:  # while modules are imported
+        return 130

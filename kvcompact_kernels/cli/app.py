@@ -4,7 +4,9 @@
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 from ..version import __version__
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse: --help, --version and wrong usage
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
+        _import_torch()
         result, code = args.run(args), EXIT_OK
     except KeyboardInterrupt:
         result, code = _failed(args, "interrupted"), EXIT_INTERRUPTED
@@ -62,6 +65,23 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return _pipe_closed()
     return code
+
+
+def _import_torch() -> None:
+    """Imports what every command needs; Ctrl-C ends the process at once meanwhile.
+
+    Modules in C swallow a KeyboardInterrupt while they import others: the command would go on, or break somewhere later.
+    """
+    if "torch" in sys.modules or threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as in a shell's background jobs, or the caller's own
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _failed(args: argparse.Namespace, message: str) -> dict[str, Any]:

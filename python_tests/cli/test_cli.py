@@ -394,6 +394,22 @@ def test_a_closed_pipe_is_no_error():
     assert done.stderr == "" and len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_ctrl_c_while_a_library_is_imported(handler, tmp_path):
+    """The library swallows the exception, as C modules that import others do; where SIGINT is ignored it stays so."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    sum(range(99))\n"
+        "except KeyboardInterrupt:\n    pass\nprint('went on')\nraise SystemExit(5)\n"
+    )
+    run = f"import signal, sys; signal.signal(signal.SIGINT, signal.{handler}); "
+    run += "from kvcompact_kernels.cli import main; sys.exit(main(['methods']))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+    command = [sys.executable, "-c", run]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    wanted = (130, "") if handler == "default_int_handler" else (5, "went on\n")
+    assert (done.returncode, done.stdout) == wanted and "Traceback" not in done.stderr
+
+
 def test_ctrl_c_in_the_demo_keeps_the_rows(folder, tmp_path):
     """The process gets SIGINT once rows are on disk: it ends with 130 and they, and the picture, are there."""
     out = tmp_path / "out"
