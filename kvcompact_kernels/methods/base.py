@@ -235,9 +235,14 @@ def get_method(method: str | Method, **options) -> Method:
     allowed = option_names(cls)
     unknown = sorted(set(options) - set(allowed))
     if unknown:
+        hint = (
+            ""
+            if "__dataclass_fields__" in cls.__dict__
+            else f" ({cls.__name__} is no dataclass: fields are options then)"
+        )
         raise TypeError(
             f"method {method!r} has no option {', '.join(map(repr, unknown))}; its options are: "
-            f"{', '.join(map(repr, allowed)) or 'none'}"
+            f"{', '.join(map(repr, allowed)) or 'none'}{hint}"
         )
     missing = [
         f.name

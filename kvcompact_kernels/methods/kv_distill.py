@@ -40,7 +40,7 @@ class KVDistill(Method):
     - Positions stay as they were, the first tokens are kept as they are, and any number of slots can be asked for.
 
     Attributes:
-        weights: file that ``kvcompact train kv_distill`` or ``KVDistiller.save`` wrote; the package has none. None is
+        weights: file of ``kvcompact train kv_distill``; the package has none. None is
             "identity", with a warning: the start of a training, which keeps the tokens that the context's own queries attend
             to, unchanged.
         check_weights: False accepts weights trained for a fine-tuned sibling of the model.

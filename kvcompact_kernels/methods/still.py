@@ -67,7 +67,7 @@ class Still(Method):
       the slots. A file fixes their number.
 
     Attributes:
-        weights: file that ``TokenSelector.save`` or ``StillCompactor.save`` wrote. None takes the selector that comes with
+        weights: file of ``kvcompact train selector`` or ``kvcompact train still``. None takes the selector that comes with
             the package where there is one for the model (SmolLM2-135M-Instruct), else, with a warning, "identity": a
             Perceiver at its identity-style initialisation, in which each slot averages the tokens nearest to it, a starting
             point for training and a check of the machinery.

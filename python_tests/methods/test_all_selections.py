@@ -7,8 +7,9 @@ from test_selection_methods import make_layer
 from tiny_models import tiny_ids, tiny_model
 
 from kvcompact_kernels import compact, patch_model
-from kvcompact_kernels.methods import get_method, list_methods, register_method
+from kvcompact_kernels.methods import base, get_method, list_methods, register_method
 from kvcompact_kernels.methods.cartridge import Cartridge
+from kvcompact_kernels.methods.uniform import Uniform
 from kvcompact_kernels.patch import is_patched
 
 NAMES = [
@@ -135,6 +136,20 @@ def test_methods_that_cannot_compact_a_running_conversation_say_why(tmp_path):
         with pytest.raises(ValueError, match=f"compact_over cannot be used with method '{name}', which {why}"):
             patch_model(model, name, compact_over=24, **options)
     assert not is_patched(model)
+
+
+def test_a_method_that_is_no_dataclass_has_no_options(monkeypatch):
+    class Undecorated(Uniform):
+        name = "undecorated"
+        keep: int = 3
+
+    monkeypatch.setitem(base._METHODS, "undecorated", Undecorated)
+    with pytest.raises(
+        TypeError, match="no option 'keep'; its options are: 'sinks', 'shares' .Undecorated is no dataclass"
+    ):
+        get_method("undecorated", keep=4)
+    with pytest.raises(TypeError, match="its options are: 'sinks', 'shares'$"):
+        get_method("uniform", keep=4)
 
 
 def test_what_is_no_method_is_refused():
