@@ -23,6 +23,7 @@ SIZES = [
     "slots",
     "kv_heads",
     "first_pair",
+    "pairs",
     "first_batch",
     "first_head",
     "heads",

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launch's arguments make Triton compile anew."""
+
+import importlib
+
+import pytest
+
+pytest.importorskip("triton")
+from triton.runtime.jit import JITFunction
+
+MODULES = (
+    "attention_forward",
+    "attention_backward",
+    "key_scores",
+    "pack",
+    "still_cross_attention",
+    "still_backward",
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_sizes_are_not_specialised(module):
+    """Triton compiles anew for an integer that is 1 or a multiple of 16, unless it is told not to: numbers of tokens, slots,
+    heads and the like are. Left are pointers, floating-point numbers, and strides, which follow the head dimension."""
+    found = importlib.import_module(f"kvcompact_kernels.backends.triton.kernels.{module}")
+    kernels = [f for f in vars(found).values() if isinstance(f, JITFunction) and f.do_not_specialize]
+    if not kernels:
+        pytest.skip("the interpreter compiles nothing")
+    for kernel in kernels:
+        names = [p.name for p in kernel.params if not p.is_constexpr and p.name not in kernel.do_not_specialize]
+        numbers = [n for n in names if not n[0].isupper() and not n.endswith(("scale", "eps"))]
+        assert all(n.startswith("s_") for n in numbers), (kernel.__name__, numbers)
