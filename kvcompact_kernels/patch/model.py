@@ -135,7 +135,6 @@ def compact(
     attention_mask: Tensor | None = None,
     ratio: float | None = None,
     slots: int | None = None,
-    backend: str = "auto",
     progress: bool = False,
     **options: Any,
 ) -> CompactCache:
@@ -149,7 +148,6 @@ def compact(
         ratio: tokens per slot: each row gets ``ceil(tokens / ratio)`` slots per KV head and layer on average.
         slots: slots per KV head and layer on average, instead of ``ratio``; at most the tokens of the shortest row.
             With neither, what ``patch_model`` was given, else ratio 8.
-        backend: of ``ops.compact_attention`` while an unpatched model is patched.
         progress: shows a progress bar.
         **options: of the method.
 
@@ -174,10 +172,9 @@ def compact(
     if ratio is None and slots is None and state is not None:
         ratio, slots = state.ratio, state.slots
     ratio, slots = compaction.check_size(ratio, slots)
-    _check_backend(backend)
     if state is not None:
         return compaction.run_compaction(model, spec, chosen, input_ids, attention_mask, ratio, slots, progress)
-    _patch(model, None, None, None, None, backend)
+    _patch(model, None, None, None, None, "auto")
     try:
         return compaction.run_compaction(model, spec, chosen, input_ids, attention_mask, ratio, slots, progress)
     finally:
