@@ -568,7 +568,7 @@ def test_bad_contexts():
         model.compact(ids, torch.tensor([[1] * 12, [0] * 8 + [1] * 4]), slots=5)
     with pytest.raises(ValueError, match="method 'snapkv' needs at least"):
         model.compact(ids, method="snapkv", slots=1)
-    with pytest.raises(TypeError, match="no option 'backend'"):  # reading a context calls no op that has backends to choose
+    with pytest.raises(TypeError, match="no option 'backend'"):  # reading a context leaves nothing to choose
         kc.compact(model, ids, "full", backend="torch")
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
