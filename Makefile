@@ -65,7 +65,7 @@ format: $(TESTS) ## Formats the Python files (ruff).
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-aot: $(TESTS) ## Compiles every Triton kernel for sm_80, sm_89 and sm_90 and checks registers, spills, shared memory (minutes).
+aot: $(TESTS) ## Compiles every GPU kernel for sm_80 to sm_120 and checks registers, spills, shared memory (minutes).
 	@PYTHONPATH=. $(PY) benchmarks/aot.py --quiet
 
 bench: $(TESTS) ## Runs the CPU benchmarks; rows go to benchmarks/results.

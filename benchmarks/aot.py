@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles every kernel configuration that can be picked for sm_80, sm_89 and sm_90, without a GPU, and checks the result.
+"""Compiles every kernel configuration that can be picked for sm_80, sm_89, sm_90, sm_100 and sm_120, without a GPU.
 
     python benchmarks/aot.py                 compile all, compare with benchmarks/results/aot.csv, exit 1 on a regression
     python benchmarks/aot.py --write         compile all and save the table
     python benchmarks/aot.py --only PATTERN  rows whose "kernel config arch" contains PATTERN
 
-The gate of a row: nothing spilled, shared memory within the arch's limit, tensor-core instructions where a dot of 16-bit
-operands is. Against the saved table: no more shared memory, no tensor-core instruction kind lost, registers within a
-margin (another Triton or ptxas moves them a little). Results are cached by the hash of the kernel sources, the
-configuration and the compiler's version. The CUDA kernels (rows "CUDA ...", for sm_80 and sm_90a) are compiled where nvcc is
-found, warnings being errors; where it is not, they are skipped, and the last line says so.
+The gate of a row: nothing spilled, shared and tensor memory within the arch's limits, tensor-core instructions where a dot of
+16-bit operands is: HGMMA of warpgroups (sm_90), tcgen05 on tensor memory (sm_100), or HMMA of warps, on any arch and wherever a
+tile is too small for the others. Against the saved table: no more shared memory, no tensor-core instruction kind lost,
+registers within a margin (another Triton or ptxas moves them a little). Results are cached by the hash of the kernel sources,
+the configuration and the compiler's version; those that are not are compiled on all cores (--jobs). The CUDA kernels (rows
+"CUDA ...") are compiled where nvcc is found (12.8 or newer), warnings being errors: to the machine code of sm_80 and sm_90a that
+the library holds and, as a newer GPU's driver does with its PTX, to that of sm_100 and sm_120. Without nvcc they are skipped,
+and the last line says so.
 """
 
 from __future__ import annotations
@@ -21,24 +24,30 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "aot.csv"
 CACHE = ROOT / "build" / "aot"
-COLUMNS = ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "hgmma", "hmma")
-ARCHS = {"sm80": 80, "sm89": 89, "sm90": 90}
+COUNTS = ("registers", "spill_bytes", "shared_bytes", "hgmma", "hmma", "tcgen05", "tmem_columns")
+COLUMNS = ("kernel", "config", "arch", *COUNTS)
+ARCHS = {"sm80": 80, "sm89": 89, "sm90": 90, "sm100": 100, "sm120": 120}
+TMEM_COLUMNS = 512  # of an SM's tensor memory
 REGISTER_MARGIN = 24
 KERNELS = ROOT / "kvcompact_kernels" / "backends" / "triton" / "kernels"
 CUDA_MODULE = "decode.cuh"  # marks the cases that nvcc compiles
 CUDA_SOURCES = ("common/gpu.cuh", "compact_attention/decode.cuh")
-NVCC_ARCHS = {"sm80": "80", "sm90": "90a"}  # an sm_89 runs the code for sm_80
+# What the PTX and the machine code are for; an sm_89 runs the code for sm_80.
+NVCC_ARCHS = {"sm80": ("80", "80"), "sm90": ("90a", "90a"), "sm100": ("80", "100"), "sm120": ("80", "120")}
 
 
 @dataclass(frozen=True)
@@ -332,6 +341,8 @@ def _cuda_cases(arch: str) -> Iterator[Case]:
 
     for kernel in CUDA_KERNELS:
         for dim in HEAD_DIMS:
+            if dim == 256 and arch == "sm120":  # needs more shared memory than there is: the backend refuses it
+                continue
             for element in ("Bf16", "Fp16"):
                 config = f"CUDA d{dim} {element.lower()}"
                 constants = {"HEAD_DIM": dim}
@@ -370,10 +381,10 @@ def _compile_cuda(arch: str) -> dict[tuple[str, str], dict[str, str | int]]:
     with tempfile.TemporaryDirectory() as folder:
         source, ptx, cubin = (Path(folder, f"kernels.{suffix}") for suffix in ("cu", "ptx", "cubin"))
         source.write_text("\n".join([*lines, "}", ""]))
-        target = NVCC_ARCHS[arch]
+        portable, machine = NVCC_ARCHS[arch]
         compiler = [nvcc(), "-Werror", "all-warnings", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}"]
-        _checked([*compiler, f"-arch=compute_{target}", "-ptx", str(source), "-o", str(ptx)])
-        assembler = [*compiler, f"-gencode=arch=compute_{target},code=sm_{target}"]
+        _checked([*compiler, f"-arch=compute_{portable}", "-ptx", str(source), "-o", str(ptx)])
+        assembler = [*compiler, f"-gencode=arch=compute_{portable},code=sm_{machine}"]
         _checked([*assembler, "-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror", "-cubin", str(ptx), "-o", str(cubin)])
         tools = Path(triton.backends.nvidia.__file__).parent / "bin"
         usage = _checked([str(tools / "cuobjdump"), "-res-usage", str(cubin)])
@@ -394,6 +405,8 @@ def _compile_cuda(arch: str) -> dict[tuple[str, str], dict[str, str | int]]:
             "shared_bytes": int(shared[str(i)]),
             "hgmma": len(re.findall(r"\bHGMMA\b", code[name])),
             "hmma": len(re.findall(r"\bHMMA\b", code[name])),
+            "tcgen05": 0,
+            "tmem_columns": 0,
         }
     return rows
 
@@ -506,6 +519,8 @@ def _compile(case: Case) -> dict[str, str | int]:
         "shared_bytes": compiled.metadata.shared,
         "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
         "hmma": len(re.findall(r"\bHMMA\b", sass)),
+        "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", sass)),
+        "tmem_columns": compiled.metadata.tmem_size,
     }
 
 
@@ -519,7 +534,9 @@ def problems(case: Case, row: dict, saved: dict | None) -> list[str]:
     limit = SHARED_BYTES[case.arch]
     if row["shared_bytes"] > limit:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, {case.arch} has {limit}")
-    if case.tensor_cores and not row["hgmma"] + row["hmma"]:
+    if row["tmem_columns"] > TMEM_COLUMNS:
+        found.append(f"needs {row['tmem_columns']} columns of tensor memory, an SM has {TMEM_COLUMNS}")
+    if case.tensor_cores and not row["hgmma"] + row["hmma"] + row["tcgen05"]:
         found.append("has no tensor-core instruction")
     if saved is None:
         found.append("is not in the saved table: run benchmarks/aot.py --write")
@@ -530,6 +547,8 @@ def problems(case: Case, row: dict, saved: dict | None) -> list[str]:
         found.append(f"registers grew from {saved['registers']} to {row['registers']}")
     if int(saved["hgmma"]) and not row["hgmma"]:
         found.append("lost its warpgroup instructions (HGMMA)")
+    if int(saved["tcgen05"]) and not row["tcgen05"]:
+        found.append("lost its instructions on tensor memory (tcgen05)")
     return found
 
 
@@ -539,20 +558,41 @@ def saved_table() -> dict[tuple[str, str, str], dict[str, str]]:
         return {(row["kernel"], row["config"], row["arch"]): row for row in csv.DictReader(file)}
 
 
+def compile_cases(chosen: list[Case], jobs: int) -> Iterator[dict[str, str | int]]:
+    """The rows of the cases, in their order, compiled by so many processes."""
+    # One nvcc serves all CUDA kernels of an arch, so that they make one piece of work.
+    pieces: dict[tuple, list[Case]] = {}
+    for case in chosen:
+        pieces.setdefault(("CUDA", case.arch) if case.module == CUDA_MODULE else (case.key,), []).append(case)
+    if jobs == 1:
+        yield from (row for piece in pieces.values() for row in _compile_piece(piece))
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for rows in pool.map(_compile_piece, pieces.values()):
+            yield from rows
+
+
+def _compile_piece(piece: list[Case]) -> list[dict[str, str | int]]:
+    try:
+        return [compile_case(case) for case in piece]
+    except Exception as error:  # noqa: BLE001  not every compiler's error can be sent to another process
+        raise RuntimeError(f"{piece[0].key} does not compile: {type(error).__name__}: {error}") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="save the table")
     parser.add_argument("--quiet", action="store_true", help="print only the rows that fail")
     parser.add_argument("--only", default="", help="rows whose 'kernel config arch' contains this")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="processes to compile with (default: all cores)")
     options = parser.parse_args(argv)
     chosen = [case for case in cases() if options.only in case.key]
     saved = saved_table() if TABLE.exists() else {}
     skipped = [case for case in chosen if case.module == CUDA_MODULE] if nvcc() is None else []
     rows, failures = [], 0
-    for case in chosen:
-        if case in skipped:
-            continue
-        row = compile_case(case)
+    chosen = [case for case in chosen if case not in skipped]
+    for case, row in zip(chosen, compile_cases(chosen, options.jobs), strict=True):
         rows.append(row)
         old = row if options.write else saved.get((case.kernel, case.config, case.arch))
         found = problems(case, row, old)

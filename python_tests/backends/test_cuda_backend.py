@@ -81,7 +81,7 @@ def test_the_tables_decide(monkeypatch):
     assert backend.declines(*args) is not None
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("arch", runtime.SHARED_BYTES)
 def test_entries_of_the_tables_are_complete(arch):
     for entry in runtime.table(arch)["compact_attention_cuda"]:
         assert set(entry) == {"dim", "rows", "min_keys", "max_keys"} and entry["dim"] in backend.HEAD_DIMS

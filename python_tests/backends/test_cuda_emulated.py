@@ -239,14 +239,17 @@ def test_devices_that_the_build_is_for(emulation, monkeypatch):
     device = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
 
-    def problem(major, minor, code=None):
+    def problem(major, minor, code=None, head_dim=128):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
         if code:
             monkeypatch.setattr(torch.ops.kvcompact, "compact_attention_decode_code", lambda: code)
-        return backend._find_device_problem.__wrapped__(0, 128)
+        return backend._find_device_problem.__wrapped__(0, head_dim)
 
     assert [problem(*version) for version in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [None] * 5
     assert "needs compute capability 8.0 or newer, the device has 7.5" in problem(7, 5)
+    assert "bytes of shared memory per block at head dimension 256, the device allows 101376" in problem(
+        12, 0, head_dim=256
+    )
     assert problem(12, 0, "sm_80+sm_90a") == (
         "_C_cuda.so was built to sm_80, sm_90a, which do not run on compute capability 12.0: "
         "build it with KVCOMPACT_CUDA_ARCHS=120"

@@ -43,9 +43,25 @@ def test_a_gpu_and_the_table_of_its_kernels(hopper, tmp_path, monkeypatch):
     assert doctor._gpus()[0]["kernel_table"] == "nvidia_h100_80gb_hbm3.json"
 
 
-@pytest.mark.parametrize(("kib", "table"), [(227, "sm90"), (226, "sm80"), (163, "sm80"), (162, "sm89"), (99, "sm89")])
-def test_the_table_fits_the_shared_memory(hopper, monkeypatch, kib, table):
+@pytest.mark.parametrize(
+    ("major", "kib", "table"),
+    [
+        (9, 227, "sm90"),
+        (9, 226, "sm80"),
+        (8, 163, "sm80"),
+        (8, 162, "sm89"),
+        (8, 99, "sm89"),
+        (10, 227, "sm100"),
+        (10, 226, "sm80"),
+        (11, 227, "sm80"),
+        (12, 99, "sm120"),
+        (12, 163, "sm80"),
+        (13, 99, "sm89"),
+    ],
+)
+def test_the_table_fits_the_version_and_the_shared_memory(hopper, monkeypatch, major, kib, table):
     monkeypatch.setattr(runtime, "triton_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     hopper.name, hopper.shared_memory_per_block_optin = "a card that nobody measured", kib * 1024
     found = doctor._gpus()[0]
     assert (found["kernel_table"], found["triton_kernels"]) == (f"{table}.json", "run")

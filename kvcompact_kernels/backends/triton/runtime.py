@@ -19,9 +19,18 @@ from torch import Tensor
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MIN_VERSION = (3, 5)
-# The tables that come with the package, by the shared memory that a block may have (with the opt-in limit): an H100's, an
-# A100's, and what the workstation and consumer cards of sm_86, sm_89 and sm_120 allow.
-SHARED_BYTES = {"sm90": 227 * 1024, "sm80": 163 * 1024, "sm89": 99 * 1024}
+# The tables that come with the package, best first, by the shared memory that a block must be allowed (with the opt-in
+# limit): a B200's, an H100's, an A100's, and those of workstation and consumer cards, sm_120 and sm_86 or sm_89.
+SHARED_BYTES = {
+    "sm100": 227 * 1024,
+    "sm90": 227 * 1024,
+    "sm80": 163 * 1024,
+    "sm120": 99 * 1024,
+    "sm89": 99 * 1024,
+}
+# Tables for one major version: Triton has tensor memory for 10 and warpgroup products for 9 alone; registers of 12 run out
+# at other tiles.
+MAJORS = {"sm100": 10, "sm90": 9, "sm120": 12}
 ARENA_BYTES = 8 << 20  # some 1,700 captured launches of 36 layers
 _ARENA: list = []  # pinned memory, and the number of its elements that graphs hold
 _ARENA_LOCK = threading.Lock()
@@ -112,16 +121,22 @@ def device_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
+def table_name(major: int, shared_bytes: int) -> str:
+    """The packaged table for a GPU of that major compute capability and shared memory per block."""
+    fits = (n for n, least in SHARED_BYTES.items() if least <= shared_bytes and MAJORS.get(n, major) == major)
+    return next(fits, "sm89")
+
+
 @functools.cache
 def arch_name(device: torch.device) -> str:
-    """Name of the configuration file for a device: its own where one was measured, else by the shared memory of a block."""
+    """Name of the configuration file for a device: its own where one was measured, else :func:`table_name`'s."""
     if device.type != "cuda":
         return "sm80"
     own = device_slug(torch.cuda.get_device_name(device))
     if (CONFIGS / f"{own}.json").exists():
         return own
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return next((arch for arch, needed in SHARED_BYTES.items() if needed <= limit), "sm89")
+    major, _ = torch.cuda.get_device_capability(device)
+    return table_name(major, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @functools.cache
