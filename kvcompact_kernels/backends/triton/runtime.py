@@ -100,7 +100,12 @@ def problem(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"needs a contiguous last dimension, got strides {tuple(tensor.stride())}"
-    return triton_problem() or (device_problem(device.index or 0) if device.type == "cuda" else None)
+    return _machine_problem((device.index or 0) if device.type == "cuda" else None)
+
+
+@torch.compiler.assume_constant_result  # a machine does not change; what asks it is not for Dynamo to trace
+def _machine_problem(index: int | None) -> str | None:
+    return triton_problem() or (None if index is None else device_problem(index))
 
 
 def declines_cpu(query: Tensor, *args: object) -> str | None:
