@@ -151,10 +151,9 @@ class CompactBlock:
     def index_batch(self, index: Tensor) -> "CompactBlock":
         """The block with batch elements ``index`` (repetitions allowed): beams, several sequences per request."""
         if self.offsets is None:
-            beta = None if self.beta is None else self.beta.index_select(0, index)
-            return replace(
-                self, keys=self.keys.index_select(0, index), values=self.values.index_select(0, index), beta=beta
-            )
+            # no index_select: on a GPU its gradient adds atomically, and those of repetitions differ from run to run
+            tensors = {"keys": self.keys, "values": self.values, "beta": self.beta}
+            return replace(self, **{n: x if x is None else x[index].contiguous() for n, x in tensors.items()})
         rows = self.heads()
         return CompactBlock.pack([rows[i] for i in index.tolist()])
 

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompact_kernels._checks import BadFileError
 from kvcompact_kernels.cache import FORMAT, CompactBlock, CompactCache, WindowBlock, save_safetensors
@@ -80,6 +81,23 @@ def test_index_batch(counts):
     heads = random_heads(counts=counts)
     chosen = CompactBlock.pack(heads).index_batch(torch.tensor([1, 0, 1, 1]))
     assert same_heads(chosen.heads(), [heads[1], heads[0], heads[1], heads[1]])
+
+
+def test_gradients_of_repeated_rows_are_no_atomic_sums():
+    """index_add is what a GPU sums in any order: a training run that is resumed would not end with the same bits."""
+    called = []
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket)
+            return func(*args, **kwargs or {})
+
+    block = CompactBlock(*(torch.randn(2, 3, 4, 6, requires_grad=True) for _ in "kv"), torch.randn(2, 3, 4))
+    rows = block.index_batch(torch.tensor([0, 1, 0, 0]))
+    with Ops():
+        (gradient,) = torch.autograd.grad(rows.keys.sum(), block.keys)
+    assert gradient[:, 0, 0, 0].tolist() == [3, 1]
+    assert torch.ops.aten.index_add_ not in called and torch.ops.aten.index_add not in called and called
 
 
 @pytest.mark.parametrize("second", [((2, 2, 2), (2, 2, 2)), ((2, 2, 2),), RAGGED, (RAGGED[1],)], ids=str)
