@@ -689,3 +689,12 @@ def test_classes_of_shapes_that_the_cuda_kernel_wins(gpu):
         {"dim": 128, "rows": 4, "min_keys": 1, "max_keys": 1024},
         {"dim": 128, "rows": 4, "min_keys": 16384, "max_keys": 1 << 40},
     ]
+
+
+def test_the_tuner_compares_nothing_where_the_cuda_library_is_missing(gpu, bench, monkeypatch, capsys):
+    from kvcompact_kernels.backends.cuda import library as cuda
+
+    monkeypatch.setattr(cuda, "available", lambda: (False, "it was not built"))
+    rows = []
+    assert gpu.tune.compare_cuda(bench, rows) is None and rows == []
+    assert "it was not built" in capsys.readouterr().out

@@ -266,10 +266,12 @@ def winning_classes(ratios: dict[tuple[int, int, int], float], least: float = 1.
 
 def compare_cuda(bench: Bench, rows: list[dict]) -> list[dict[str, int]] | None:
     """Where the CUDA kernel beats Triton's at decoding; None where there is none to compare."""
-    from kvcompact_kernels.backends.registry import backend_names
+    from kvcompact_kernels.backends.cuda import library
     from kvcompact_kernels.ops import compact_attention
 
-    if "cuda" not in backend_names("compact_attention"):
+    usable, reason = library.available()
+    if not usable:
+        print(f"    nothing to compare: {reason}")
         return None
     ratios: dict[tuple[int, int, int], float] = {}
     for dim in (64, 128, 256):

@@ -173,6 +173,8 @@ def test_launches_follow_the_bytes_and_not_the_layers():
             torch.cuda.synchronize()
         kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         counts[layers] = sum("project_keys" in name or "attend" in name for name in kernels)
+    if not any(counts.values()):
+        pytest.skip("the profiler sees no kernels here")
     assert counts[1] == counts[4] == counts[12], counts
 
 
