@@ -203,7 +203,11 @@ def test_another_attention_implementation_after_patching(family):
     model.set_attn_implementation("eager")
     kc.unpatch_model(model)
     assert model.config._attn_implementation == "eager"
-    assert all(part.config._attn_implementation == "eager" for part in model.modules() if hasattr(part, "config"))
+    # some parts have a copy of the config, which transformers leaves as it is
+    said = [
+        [part.config._attn_implementation for part in m.modules() if hasattr(part, "config")] for m in (model, other)
+    ]
+    assert said[0] == said[1] and said[0].count("eager") > len(said[0]) // 2
 
 
 def test_a_model_that_is_not_patched_says_so():
