@@ -158,6 +158,8 @@ def _on_the_cpu(func, name, args, kwargs):
 
 def _copy_to(x, device=None, non_blocking=False, **options):
     options.pop("pin_memory", None)
+    if isinstance(x, CudaTensor) and torch._C._current_graph_task_id() != -1:
+        device = None  # the gradient of a cast goes to where C++ believes that its input lies
     target = x.device if device is None else torch.device(device)
     pinned = not isinstance(x, CudaTensor) and x.untyped_storage().data_ptr() in STATE.pinned
     if isinstance(x, CudaTensor) != is_cuda(target) and not (pinned and non_blocking):
@@ -272,7 +274,7 @@ def nothing(*args):
 
 def _install():
     torch.Tensor.to, torch.tensor = to, tensor
-    torch.Tensor.cuda, torch.Tensor.cpu = (lambda self: to(self, CUDA)), (lambda self: to(self, "cpu"))
+    torch.Tensor.cuda, torch.Tensor.cpu = (lambda self, device=None: to(self, CUDA)), (lambda self: to(self, "cpu"))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     stand_ins = {
         "_lazy_init": lambda: None,

