@@ -84,15 +84,20 @@ def teacher_targets(model: nn.Module, hidden: Tensor, gold: Tensor, top_k: int =
     check_tensor("gold", gold, shape=(hidden.shape[0],), dtypes=(torch.int64,))
     if hidden.shape[0] == 0:
         raise ValueError("hidden must hold at least one position, got none")
-    ids, logs = [], []
-    for part, came in zip(hidden.split(rows), gold.split(rows)):
-        all_logs = vocabulary_logits(model, part).log_softmax(-1)
-        best, index = all_logs.topk(min(top_k, all_logs.shape[-1]), -1)
-        own = all_logs.gather(1, came[:, None])
-        own = own.masked_fill((index == came[:, None]).any(1, keepdim=True), float("-inf"))
-        ids.append(torch.cat([index, came[:, None]], 1))
-        logs.append(torch.cat([best, own], 1))
-    return Targets(torch.cat(ids), torch.cat(logs))
+    parts = [
+        likeliest_tokens(vocabulary_logits(model, part), came, top_k)
+        for part, came in zip(hidden.split(rows), gold.split(rows))
+    ]
+    return Targets(torch.cat([part.ids for part in parts]), torch.cat([part.logs for part in parts]))
+
+
+def likeliest_tokens(logits: Tensor, gold: Tensor, top_k: int) -> Targets:
+    """What is kept of logits ``[N, vocabulary]`` where the tokens ``gold`` (int64 ``[N]``) came."""
+    all_logs = logits.float().log_softmax(-1)
+    best, index = all_logs.topk(min(top_k, all_logs.shape[-1]), -1)
+    own = all_logs.gather(1, gold[:, None])
+    own = own.masked_fill((index == gold[:, None]).any(1, keepdim=True), float("-inf"))
+    return Targets(torch.cat([index, gold[:, None]], 1), torch.cat([best, own], 1))
 
 
 def distillation_loss(

@@ -19,6 +19,7 @@ from .._checks import check_int
 from ..evaluation.metrics import stop_ids
 from ..prompt import document_ids, question_ids
 from .data import Corpus, Item, Stream
+from .generation import generate
 
 WRITE = "Write one short question that this text answers."
 # Put into the model's mouth: small models left to themselves ask "What is the answer to this question?".
@@ -141,8 +142,8 @@ def _write(
         else:
             asked.append(document_ids(tokenizer, form, sentence) + corpus.encode(form.between + opening))
     questions = []
-    for sentence, opening, ids in zip(sentences, openings, generate(model, asked, MAX_QUESTION)):
-        line = _first_line(opening + tokenizer.decode(ids, skip_special_tokens=True))
+    for sentence, opening, written in zip(sentences, openings, generate(model, asked, MAX_QUESTION)):
+        line = _first_line(opening + tokenizer.decode(written.ids, skip_special_tokens=True))
         question = line[: line.index("?") + 1] if "?" in line else ""
         about = _words(question) & _words(sentence) - _words(WRITE)
         questions.append(question if about and len(question.split()) >= 3 else None)
@@ -153,7 +154,8 @@ def _write(
     whole = {i: questions[i] + draws[i].choice(BRIEF) for i in good}
     prompts = [document_ids(tokenizer, form, texts[i]) + question_ids(tokenizer, form, whole[i]) for i in good]
     stop = stop_ids(model)
-    for i, ids in zip(good, generate(model, prompts, MAX_ANSWER)):
+    for i, written in zip(good, generate(model, prompts, MAX_ANSWER)):
+        ids = written.ids
         text = tokenizer.decode(ids, skip_special_tokens=True)
         if form.chat:
             answer = ids if ids and ids[-1] in stop else _whole_sentences(corpus, ids)
@@ -188,29 +190,3 @@ def _words(text: str) -> set[str]:
 def _first_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[0].strip().strip('"') if lines else ""
-
-
-def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    """Greedy answers to prompts of unequal length, each up to its end token (which it keeps)."""
-    longest = max(map(len, prompts))
-    device = next(model.parameters()).device
-    stop = stop_ids(model)
-    pad = min(stop, default=0)
-    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    with torch.no_grad():
-        out = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-    answers = []
-    for row in out[:, longest:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
-        answers.append(row[:end])
-    return answers

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .._checks import check_choice, check_int
 from ..cache import CompactCache, load_safetensors, save_safetensors
@@ -25,10 +26,11 @@ from ..evaluation.metrics import stop_ids
 from ..evaluation.store import write_atomically
 from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
 from .distill import Targets, hidden_states, teacher_targets
+from .generation import generate
 from .loop import stable_number
 
 FORMAT = "kvcompact-self-study"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 NOTE = "conversations.json"
 
 # what the model is asked to write about a passage, and the words that its request begins with: put into its mouth, for
@@ -61,6 +63,9 @@ _RECALL = 'Continue this passage of the text: "{}"'
 _SHORT = " Answer in a few words."
 # a request that names the passage cannot be understood without it
 _POINTS_BACK = re.compile(r"\b(?:passage|this (?:question|text|sentence)|the (?:question|sentence))\b", re.IGNORECASE)
+
+# kind, request, prompt ids, answer ids, and the teacher's distribution where each answer token stands
+Row = tuple[str, str, list[int], list[int], Targets]
 
 
 @dataclass(frozen=True)
@@ -348,8 +353,8 @@ class _Writer:
                 f"{longest} positions, the model has {limit}"
             )
 
-    def write(self, unit: int) -> list[tuple[str, str, list[int], list[int], Targets]]:
-        """Rows of kind, request, prompt ids, answer ids and the teacher's distribution."""
+    def write(self, unit: int) -> list[Row]:
+        """Rows of the file."""
         config, device = self.config, self.model.device
         written = unit < config.written_units
         number = (unit if written else unit - config.written_units) * config.batch
@@ -363,25 +368,30 @@ class _Writer:
             if written:
                 starts = draw_starts(draw, first, last, count)
                 seeds = [self._seed(draw, start, last, number + i) for i, start in enumerate(starts)]
-                kept = self._converse(cache, seeds, draw)
-            else:
-                kept = self._recall(draw, first, last, count)
-            return [(*row, self._teach(row[2], row[3], cache)) for row in kept]
+                return self._converse(cache, seeds, draw)
+            return self._recall(cache, draw, first, last, count)
 
     def _converse(
         self, cache: CompactCache | None, seeds: list[tuple[str, str, str]], draw: random.Random
-    ) -> list[tuple[str, str, list[int], list[int]]]:
-        """Kind, request, prompt ids and answer ids of what the model writes and answers itself."""
+    ) -> list[Row]:
+        """What the model writes and answers itself."""
         config = self.config
         rows = self._requests(cache if config.writer_sees == "chunk" else self._read(""), seeds, draw)
         if not rows:
             return []
-        answers = self._generate([row[2] for row in rows], cache, config.answer_tokens, config.answer_temperature)
-        return [(*row, answer) for row, answer in zip(rows, answers) if set(answer) - self.stops]
+        answers = generate(
+            self.model,
+            [row[2] for row in rows],
+            config.answer_tokens,
+            past=cache,
+            temperature=config.answer_temperature,
+            top_k=config.top_k,
+        )
+        return [
+            (*row, answer.ids, answer.targets) for row, answer in zip(rows, answers) if set(answer.ids) - self.stops
+        ]
 
-    def _recall(
-        self, draw: random.Random, first: int, last: int, count: int
-    ) -> list[tuple[str, str, list[int], list[int]]]:
+    def _recall(self, cache: CompactCache | None, draw: random.Random, first: int, last: int, count: int) -> list[Row]:
         """The same of passages that are to be continued; the answer is the text."""
         end = self.tokenizer.eos_token_id
         rows = []
@@ -393,7 +403,7 @@ class _Writer:
                 answer = self._encode(" ".join(words[cut:]))[: self.config.answer_tokens]
                 answer += [end] if end in self.stops and len(answer) < self.config.answer_tokens else []
                 rows.append((RECALL, request, question_ids(self.tokenizer, self.form, request), answer))
-        return rows
+        return [(*row, targets) for row, targets in zip(rows, self._teach([row[2:] for row in rows], cache))]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -428,44 +438,30 @@ class _Writer:
         prompts = [
             question_ids(self.tokenizer, self.form, seed) + self._encode(gap + opening) for _, seed, opening in seeds
         ]
-        written = self._generate(prompts, cache, self.config.request_tokens, self.config.request_temperature)
+        written = generate(
+            self.model, prompts, self.config.request_tokens, past=cache, temperature=self.config.request_temperature
+        )
         rows = []
-        for (kind, _, opening), ids in zip(seeds, written):
-            text = tidy_request(opening + self.tokenizer.decode(ids, skip_special_tokens=True), kind)
+        for (kind, _, opening), one in zip(seeds, written):
+            text = tidy_request(opening + self.tokenizer.decode(one.ids, skip_special_tokens=True), kind)
             short = kind == "question" and draw.random() < self.config.short_answers
             if text and not _POINTS_BACK.search(text):
                 text += _SHORT if short else ""
                 rows.append((kind, text, question_ids(self.tokenizer, self.form, text)))
         return rows
 
-    def _generate(
-        self, prompts: list[list[int]], cache: CompactCache | None, tokens: int, temperature: float
-    ) -> list[list[int]]:
-        """What follows each prompt, up to the end token, which stays."""
-        longest = max(map(len, prompts))
-        pad = min(self.stops, default=0)
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        options = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0} if temperature else {}
-        if cache is not None:
-            options["past_key_values"] = cache
-        out = self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            pad_token_id=pad,
-            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options},
-        )
-        rows = []
-        for row in out[:, longest:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in self.stops), len(row))
-            rows.append(row[:end])
-        return rows
-
-    def _teach(self, prompt: list[int], answer: list[int], cache: CompactCache | None) -> Targets:
-        ids = torch.tensor([prompt + answer], device=self.model.device)
-        rows = torch.arange(ids.shape[1], device=ids.device)[None] >= len(prompt)
-        return teacher_targets(self.model, hidden_states(self.model, ids, cache, rows), ids[rows], self.config.top_k)
+    def _teach(self, rows: list[tuple[list[int], list[int]]], cache: CompactCache | None) -> list[Targets]:
+        """The teacher's distribution at the answers of prompts and answers."""
+        if not rows:
+            return []
+        device = self.model.device
+        ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)
+        places = pad_sequence([torch.arange(len(p) + len(a)) >= len(p) for p, a in rows], batch_first=True)
+        ids, places = ids.to(device), places.to(device)
+        hidden = hidden_states(self.model, ids, cache, places)
+        all_targets = teacher_targets(self.model, hidden, ids[places], self.config.top_k)
+        counts = [len(answer) for _, answer in rows]
+        return [Targets(*pair) for pair in zip(all_targets.ids.split(counts), all_targets.logs.split(counts))]
 
 
 def tidy_request(text: str, kind: str) -> str:
@@ -484,7 +480,7 @@ def _unit_path(folder: Path, unit: int) -> Path:
     return folder / f"unit-{unit:05d}.safetensors"
 
 
-def _save_unit(folder: Path, unit: int, rows: list[tuple[str, str, list[int], list[int], Targets]]) -> None:
+def _save_unit(folder: Path, unit: int, rows: list[Row]) -> None:
     kinds, requests, prompts, answers, targets = zip(*rows) if rows else ((),) * 5
     header = {
         "format": FORMAT,

@@ -19,6 +19,7 @@ from kvcompact_kernels.patch.families import model_spec
 from kvcompact_kernels.still_config import StillConfig
 from kvcompact_kernels.training import questions as questions_module
 from kvcompact_kernels.training.data import Corpus, collate, make_example, read_texts
+from kvcompact_kernels.training.generation import Written
 from kvcompact_kernels.training.loop import CheckpointError, LoopConfig, Step, StepOutput, TrainingError
 from kvcompact_kernels.training.still import (
     Plans,
@@ -314,7 +315,7 @@ def test_the_model_writes_questions_once_and_interruptions_lose_none(tmp_path, m
             raise KeyboardInterrupt
         text = " bell rings? Maybe.\n" if asking else "the bell"  # without a sentence's end
         return [
-            corpus.encode(text) + ([] if i == 1 and len(prompts) == 3 and not asking else [4])
+            Written(corpus.encode(text) + ([] if i == 1 and len(prompts) == 3 and not asking else [4]))
             for i in range(len(prompts))
         ]
 
@@ -349,7 +350,7 @@ def test_useless_questions_and_answers_are_left_out(monkeypatch):
 
     def generate(model, prompts, limit):
         asking = questions_module.WRITE in corpus.tokenizer.decode(prompts[0])
-        return [corpus.encode(next(said if asking else answers)) + [4] for _ in prompts]
+        return [Written(corpus.encode(next(said if asking else answers)) + [4]) for _ in prompts]
 
     monkeypatch.setattr(questions_module, "generate", generate)
     questions_module.add_questions(model, corpus, 4, {}, None, passage=64, batch=4, seed=3)
@@ -370,17 +371,6 @@ def test_the_sentence_with_names_and_numbers_is_asked_about():
     )
     assert questions_module.telling_sentence(text) == "In 1907 Anna Berg sold the mill to her cousin."
     assert questions_module.telling_sentence("one two") == "one two"
-
-
-def test_generated_answers_end_at_their_end_token():
-    model = patch_model(new_model())
-    prompts = [[5, 6, 7, 8, 9], [10, 11]]
-    found = questions_module.generate(model, prompts, 6)
-    for prompt, answer in zip(prompts, found):
-        alone = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
-        assert answer == alone
-    model.generation_config.eos_token_id = found[0][2]
-    assert questions_module.generate(model, prompts, 6)[0] == found[0][: found[0].index(found[0][2]) + 1]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path):
