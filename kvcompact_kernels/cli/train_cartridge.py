@@ -58,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("self-study")
     group.add_argument("--conversations", type=int, default=512, metavar="N", help="written for each document (512)")
     group.add_argument("--recall", type=int, default=0, metavar="N", help="passages to be continued, beside them (0)")
+    group.add_argument(
+        "--gaps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="passages with a number or name to be filled in, beside them (0)",
+    )
     group.add_argument("--held-out", type=int, default=32, metavar="N", help="of them that are not trained (32)")
     group.add_argument("--chunk-tokens", type=int, default=512, metavar="N", help="of the document, in context (512)")
     group.add_argument(
@@ -92,6 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         study = SelfStudyConfig(
             conversations=args.conversations,
             recall=args.recall,
+            gaps=args.gaps,
             **({} if args.kinds is None else {"kinds": tuple(kind.strip() for kind in args.kinds.split(","))}),
             short_answers=args.short_answers,
             chunk_tokens=args.chunk_tokens,

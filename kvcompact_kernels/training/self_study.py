@@ -57,10 +57,18 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("Write a riddle about", "Write a short poem about", "Write a letter", "Imagine"),
     ),
 }
-RECALL = "recall"  # the kind of a passage that is to be continued
+# kinds that are made of the text, and not written: a passage that is to be continued, and one whose gap is to be filled
+RECALL, GAP = "recall", "gap"
 _SEED = 'Passage: "{passage}"\n\n{task}'
 _RECALL = 'Continue this passage of the text: "{}"'
+_GAP = 'Which words of the text are missing here? "{}"'
+_MARK = "____"
+_AROUND = 8  # words on either side of a gap that are shown, where it is not the whole passage
 _SHORT = " Answer in a few words."
+# what gaps are made of: numbers, and names; a capital that begins a sentence makes none
+_SPAN = re.compile(
+    r"\d[\d.,:/]*\d%?|\d%?|(?<!^)(?<![.!?=]\s)(?<![\w'’-])[A-Z][\w'’-]*(?:\s+(?:(?:of|the|de)\s+)*[A-Z][\w'’-]*)*"
+)
 # a request that names the passage cannot be understood without it
 _POINTS_BACK = re.compile(r"\b(?:passage|this (?:question|text|sentence)|the (?:question|sentence))\b", re.IGNORECASE)
 
@@ -80,6 +88,9 @@ class SelfStudyConfig:
             than the paper, which draws its five kinds alike.
         recall: passages of the text beside them, which are to be continued from their beginnings: the answer is the text
             itself, so nothing needs to be written. Not in the paper; a cheap way to touch every sentence.
+        gaps: passages beside them in which a number or a name is missing that is to be filled in; on one chunk none is
+            missing twice before each was once. Not in the paper either. A small model that writes questions asks for the
+            same facts again and again, and never for others; here all are asked for.
         writer_sees: what is in context while requests are written: the "passage" alone that they shall be about, or the
             whole "chunk", as in the paper. Answers are always written with the chunk in context.
         batch: conversations on one chunk, written together.
@@ -103,6 +114,7 @@ class SelfStudyConfig:
         "creative",
     )
     recall: int = 0
+    gaps: int = 0
     writer_sees: str = "passage"
     batch: int = 16
     request_tokens: int = 64
@@ -117,8 +129,10 @@ class SelfStudyConfig:
     def __post_init__(self):
         for name, least in (("conversations", 2), ("chunk_tokens", 8), ("batch", 1), ("request_tokens", 1)):
             check_int(name, getattr(self, name), minimum=least)
-        for name, least in (("answer_tokens", 1), ("top_k", 1), ("held_out", 1), ("recall", 0), ("seed", 0)):
-            check_int(name, getattr(self, name), minimum=least)
+        for name in ("answer_tokens", "top_k", "held_out"):
+            check_int(name, getattr(self, name), minimum=1)
+        for name in ("recall", "gaps", "seed"):
+            check_int(name, getattr(self, name), minimum=0)
         if self.held_out >= self.conversations:
             raise ValueError(
                 f"held_out must be less than the {self.conversations} conversations, got {self.held_out}: nothing would be trained"
@@ -136,14 +150,14 @@ class SelfStudyConfig:
                 raise ValueError(f"{name} must be in [0, {most}], got {value}")
 
     @property
-    def written_units(self) -> int:
-        """Chunks on which conversations are written."""
-        return -(-self.conversations // self.batch)
+    def parts(self) -> tuple[tuple[str | None, int], ...]:
+        """Kind and number of what a file may hold, in order; None: what is written."""
+        return (None, self.conversations), (RECALL, self.recall), (GAP, self.gaps)
 
     @property
     def units(self) -> int:
-        """Files: those chunks, and then the ones whose passages are recalled."""
-        return self.written_units + -(-self.recall // self.batch)
+        """Files: a chunk each, on which up to ``batch`` conversations of one part are made."""
+        return sum(-(-count // self.batch) for _, count in self.parts)
 
 
 @dataclass(frozen=True)
@@ -260,7 +274,7 @@ def prepare_conversations(
         "document": hashlib.sha256(document.encode()).hexdigest(),
         "prompt": form.to_json(),
         "config": json.loads(json.dumps(asdict(config))),
-        "seeds": hashlib.sha256(json.dumps([KINDS, _SEED, _SHORT, _RECALL]).encode()).hexdigest()[:16],
+        "seeds": hashlib.sha256(json.dumps([KINDS, _SEED, _SHORT, _RECALL, _GAP]).encode()).hexdigest()[:16],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     own = Path(folder) / f"conversations-{digest}"
@@ -341,11 +355,15 @@ class _Writer:
     def __init__(self, model: Any, tokenizer: Any, form: PromptFormat, config: SelfStudyConfig, pieces: list[str]):
         self.model, self.tokenizer, self.form, self.config, self.pieces = model, tokenizer, form, config, pieces
         lengths = [len(self._encode(piece)) for piece in pieces]
-        self.spans = chunk_spans(lengths, config.chunk_tokens, config.written_units)
-        self.spans += chunk_spans(lengths, config.chunk_tokens, config.units - config.written_units)
+        size = config.batch
+        self.units = [
+            (kind, number, min(size, count - number), span)
+            for kind, count in config.parts
+            for number, span in zip(range(0, count, size), chunk_spans(lengths, config.chunk_tokens, -(-count // size)))
+        ]
         self.stops = stop_ids(model)
         limit = getattr(model.config, "max_position_embeddings", None)
-        longest = max(sum(lengths[a:b]) for a, b in self.spans) + max(lengths) + 128
+        longest = max(sum(lengths[a:b]) for *_, (a, b) in self.units) + max(lengths) + 128
         longest += config.request_tokens + config.answer_tokens
         if limit is not None and longest > limit:
             raise ValueError(
@@ -356,20 +374,22 @@ class _Writer:
     def write(self, unit: int) -> list[Row]:
         """Rows of the file."""
         config, device = self.config, self.model.device
-        written = unit < config.written_units
-        number = (unit if written else unit - config.written_units) * config.batch
-        count = min(config.batch, (config.conversations if written else config.recall) - number)
+        kind, number, count, (first, last) = self.units[unit]
         draw = random.Random(stable_number(config.seed, unit, "self-study"))
-        first, last = self.spans[unit]
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(stable_number(config.seed, unit, "sampling"))
             cache = self._read("".join(self.pieces[first:last]).strip())
-            if written:
+            if kind is None:
                 starts = draw_starts(draw, first, last, count)
                 seeds = [self._seed(draw, start, last, number + i) for i, start in enumerate(starts)]
                 return self._converse(cache, seeds, draw)
-            return self._recall(cache, draw, first, last, count)
+            make = self._recall if kind == RECALL else self._gaps
+            rows = [
+                (kind, request, question_ids(self.tokenizer, self.form, request), self._answer(answer))
+                for request, answer in make(draw, first, last, count)
+            ]
+            return [(*row, targets) for row, targets in zip(rows, self._teach([row[2:] for row in rows], cache))]
 
     def _converse(
         self, cache: CompactCache | None, seeds: list[tuple[str, str, str]], draw: random.Random
@@ -391,19 +411,37 @@ class _Writer:
             (*row, answer.ids, answer.targets) for row, answer in zip(rows, answers) if set(answer.ids) - self.stops
         ]
 
-    def _recall(self, cache: CompactCache | None, draw: random.Random, first: int, last: int, count: int) -> list[Row]:
-        """The same of passages that are to be continued; the answer is the text."""
-        end = self.tokenizer.eos_token_id
+    def _recall(self, draw: random.Random, first: int, last: int, count: int) -> list[tuple[str, str]]:
+        """Passages that are to be continued, and how they go on."""
         rows = []
         for start in sorted(draw.sample(range(first, last), min(count, last - first))):
             words = self._passage(start, last).split()
             if len(words) >= 6:
                 cut = draw.randint(len(words) // 3, 2 * len(words) // 3)
-                request = _RECALL.format(" ".join(words[:cut]))
-                answer = self._encode(" ".join(words[cut:]))[: self.config.answer_tokens]
-                answer += [end] if end in self.stops and len(answer) < self.config.answer_tokens else []
-                rows.append((RECALL, request, question_ids(self.tokenizer, self.form, request), answer))
-        return [(*row, targets) for row, targets in zip(rows, self._teach([row[2:] for row in rows], cache))]
+                rows.append((_RECALL.format(" ".join(words[:cut])), " ".join(words[cut:])))
+        return rows
+
+    def _gaps(self, draw: random.Random, first: int, last: int, count: int) -> list[tuple[str, str]]:
+        """Passages with a gap, and what belongs there; half of them are shown whole."""
+        found = []
+        for start in range(first, last):
+            passage, own = self._passage(start, last), len(" ".join(self.pieces[start].split()))
+            spans = (span for span in _SPAN.finditer(passage) if span.end() <= own)
+            found += [(passage, span) for span in spans if passage.count(span.group()) == 1]
+        rows = []
+        for i in draw_starts(draw, 0, len(found), count) if found else []:
+            passage, span = found[i]
+            before, after = passage[: span.start()], passage[span.end() :]
+            if draw.random() < 0.5:
+                before = "".join(re.findall(r"\S*\s*", before)[-1 - _AROUND :])
+                after = "".join(re.findall(r"\S*\s*", after)[: 1 + _AROUND]).rstrip()
+            rows.append((_GAP.format(before + _MARK + after), span.group()))
+        return rows
+
+    def _answer(self, text: str) -> list[int]:
+        """An answer's tokens, with the end token if it is not too long."""
+        ids, end = self._encode(text)[: self.config.answer_tokens], self.tokenizer.eos_token_id
+        return ids + ([end] if end in self.stops and len(ids) < self.config.answer_tokens else [])
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids

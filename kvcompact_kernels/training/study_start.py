@@ -27,10 +27,11 @@ from ..reference import matching
 from ..reference.selection import proportional_counts
 from ..token_selector import TokenSelector
 from .attention import Recorder, received_attention
-from .self_study import RECALL, Conversation
+from .self_study import GAP, RECALL, Conversation
 
 BATCH = 16
 MAX_POSITIONS = 2048  # of answers, whose queries the fit takes; each gives one to every query head
+FIT_CONVERSATIONS = 512  # from so many at most, where nothing but the fit reads them
 # Far above those of Attention Matching: its slots answer for the whole text, where a fact is to be read off its own tokens,
 # and a fit that follows the many answers spoils the one that was not asked for. Chosen in docs/training.md's example.
 MASS_RIDGE, VALUE_RIDGE = 0.1, 1.0
@@ -55,14 +56,18 @@ def study_start(
     Args:
         model: patched and frozen.
         ids: the text; the model must have as many positions.
-        conversations: on it, at least one; passages to continue count only where there is nothing else.
+        conversations: on it, at least one; passages to continue, or with gaps, count only where there is
+            nothing else. With a selector
+            ``FIT_CONVERSATIONS`` of them, drawn once and for all.
         slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; the mean, with a selector whose config
             has ``shares``.
         sinks: first tokens that are kept in any case.
         selector: chooses the tokens.
     """
-    # a passage that is continued looks at all of its tokens alike, and ranks none before another
-    conversations = [c for c in conversations if c.kind != RECALL] or list(conversations)
+    # a passage that is continued looks at all of its tokens alike, and ranks none before another; gaps have not been tried
+    conversations = [c for c in conversations if c.kind not in (RECALL, GAP)] or list(conversations)
+    if selector is not None and len(conversations) > FIT_CONVERSATIONS:
+        conversations = random.Random(0).sample(conversations, FIT_CONVERSATIONS)
     reader = Full() if selector is None else _Expectation(selector.to(model.device), sinks)
     full = model.compact(torch.tensor([list(ids)], device=model.device), method=reader, ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]

@@ -117,6 +117,59 @@ def test_passages_to_be_continued(model, tokenizer, tmp_path):
         assert torch.equal(alone[i].prompt, data[i].prompt) and torch.equal(alone[i].targets.logs, data[i].targets.logs)
 
 
+FACTS = (
+    "In 1971 Anna Berg sold 12.5% of the Mill of Tore to Olaf. Olaf paid 1,200 crowns, says Olaf.\n"
+    "The river is 97 miles long and falls into the Sea of Glass. Nobody knows why."
+)
+
+
+@pytest.mark.parametrize(
+    ("passage", "spans"),
+    [
+        ("In 1971 Anna Berg sold 12.5% of the Mill of Tore.", ["1971", "Anna Berg", "12.5%", "Mill of Tore"]),
+        ("Prices rose 3.5, to 1,200; then 7%.", ["3.5", "1,200", "7%"]),
+        (
+            "The town lies by the Sea of the Glass Kings, near Rhône-sur-Mer.",
+            ["Sea of the Glass Kings", "Rhône-sur-Mer"],
+        ),
+        ("The whole begins with a capital and no name. Nor has this one. The next is Ada's.", ["Ada's"]),
+    ],
+)
+def test_gaps_are_numbers_and_names(passage, spans):
+    assert [found.group() for found in self_study._SPAN.finditer(passage)] == spans
+
+
+def test_passages_with_gaps(model, tokenizer, tmp_path):
+    config = replace(SMALL, gaps=37, batch=16, answer_tokens=40, chunk_tokens=170)
+    data = prepare_conversations(model, tokenizer, FACTS, config, tmp_path)
+    flat = " ".join(FACTS.split())
+    filled = []
+    for i in range(len(data)):
+        one = data[i]
+        if one.kind != self_study.GAP:
+            continue
+        asked, answer = tokenizer.decode(one.prompt), tokenizer.decode(one.answer)
+        begun, mark, rest = asked.split('"')[1].partition("____")
+        assert mark and f"{begun}{answer}{rest}" in flat and answer not in begun + rest
+        assert torch.equal(one.targets.gold, one.answer)
+        filled.append((i, answer, begun + rest))
+    answers = [answer for _, answer, _ in filled]
+    assert set(answers) == {"1971", "Anna Berg", "12.5%", "Mill of Tore", "Olaf", "1,200", "97", "Sea of Glass"}
+    # it stands twice in the second sentence, and would be read off it
+    assert not any("crowns" in rest for _, answer, rest in filled if answer == "Olaf")
+    assert len(answers) == 37
+    by_unit = [[a for i, a, _ in filled if data._places[i][0] == unit] for unit in range(config.units)]
+    for unit in by_unit:
+        times = [unit.count(answer) for answer in set(unit)]
+        assert not times or max(times) - min(times) <= 1
+    # shown whole, or a few words on either side
+    shown = {rest for _, answer, rest in filled if answer == "12.5%"}
+    assert len(shown) >= 2
+    alone = prepare_conversations(model, tokenizer, FACTS, replace(config, gaps=0), tmp_path)
+    for i in range(len(alone)):
+        assert torch.equal(alone[i].prompt, data[i].prompt)
+
+
 def test_prepared_once_and_again_only_for_something_else(model, tokenizer, tmp_path, monkeypatch):
     first = prepare_conversations(model, tokenizer, TEXT, SMALL, tmp_path)
     before = [first[i] for i in range(len(first))]

@@ -2,6 +2,7 @@
 """The start of a cartridge from its conversations' answers."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from kvcompact_kernels.methods.attention_matching import BETA_LIMIT, fit_slots, 
 from kvcompact_kernels.patch import model_spec
 from kvcompact_kernels.reference import matching
 from kvcompact_kernels.token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
+from kvcompact_kernels.training import study_start as study_start_module
 from kvcompact_kernels.training.attention import Recorder
 from kvcompact_kernels.training.common import frozen
 from kvcompact_kernels.training.distill import Targets
@@ -140,8 +142,7 @@ def test_a_selector_chooses_and_the_answers_fit():
     """Tokens by what the selector expects of questions, from the definition; biases and values as for these tokens anyway."""
     model = tiny_model("llama", torch.float32, max_position_embeddings=128)
     spec = model_spec(model)
-    config = SelectorConfig(spec.head_dim, spec.num_kv_heads, hidden=8, kernel=3)
-    selector = TokenSelector(config, spec.num_layers, spec.fingerprint, generator=torch.Generator().manual_seed(1))
+    selector = new_selector(spec)
     for layer in selector.layers:
         layer["out_weight"].normal_(generator=torch.Generator().manual_seed(2))
     cache = started(model, TALKS, 9, sinks=2, selector=selector)
@@ -164,15 +165,38 @@ def test_a_selector_chooses_and_the_answers_fit():
     assert not all(chosen)
 
 
+def new_selector(spec, **options):
+    config = SelectorConfig(spec.head_dim, spec.num_kv_heads, hidden=8, kernel=3, **options)
+    return TokenSelector(config, spec.num_layers, spec.fingerprint, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_with_a_selector_some_of_many_conversations_are_read(monkeypatch):
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    selector = new_selector(model_spec(model))
+    talks = [conversation([50 + i, 70 + i], [60 + i, 90 - i, 40 + i]) for i in range(9)]
+    every = started(model, talks, 9, selector=selector)
+    monkeypatch.setattr(study_start_module, "FIT_CONVERSATIONS", 4)
+    some, again = (started(model, talks, 9, selector=selector) for _ in range(2))
+    for one, other, whole in zip(some.layers, again.layers, every.layers):
+        assert torch.equal(one.keys, whole.keys)  # which the selector chose
+        assert torch.equal(one.values, other.values) and not torch.equal(one.values, whole.values)
+    few = random.Random(0).sample(talks, 4)
+    for one, wanted in zip(some.layers, started(model, few, 9, selector=selector).layers):
+        torch.testing.assert_close(one.values, wanted.values)
+    # conversations that choose themselves are all read
+    kept = started(model, talks, 9)
+    monkeypatch.undo()
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(kept.layers, started(model, talks, 9).layers))
+
+
 @torch.no_grad()
 def test_a_selectors_shares_hold_for_the_slots():
     model = tiny_model("llama", torch.float32, max_position_embeddings=128)
     spec = model_spec(model)
 
     def chosen(slots, shares=None):
-        config = SelectorConfig(spec.head_dim, spec.num_kv_heads, hidden=8, kernel=3, shares=shares)
-        selector = TokenSelector(config, spec.num_layers, spec.fingerprint, generator=torch.Generator().manual_seed(1))
-        return started(model, TALKS, slots, sinks=2, selector=selector)
+        return started(model, TALKS, slots, sinks=2, selector=new_selector(spec, shares=shares))
 
     shares = tuple((1.0 + number, 3.0) for number in range(spec.num_layers))
     cache = chosen(9, shares)
