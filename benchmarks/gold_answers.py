@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What caches of one document make of short gold answers, without generating anything.
+"""What caches of one document make of short gold answers.
 
     python benchmarks/gold_answers.py DOC QUESTIONS.json --model M --first 512 [--cache NAME=FILE ...] --out ROWS.jsonl
 
-Each question and its answer are read once behind the full cache, behind none (the prompt's opening), behind the document's first
-N tokens (``--first``, what an untrained cartridge is) and behind each file. ``score`` is 1 where every token of the answer is
-the likeliest one, so that greedy decoding would begin with the answer, word for word: stricter than finding it somewhere in a
-generated text. ``kl`` is KL(full || cache) at the answer's tokens, over the full cache's 200 likeliest tokens, the answer's
-own and one for all others. ROWS.jsonl holds a row per question and cache; the table beside it (.csv) has the columns of
-``kvcompact eval`` and 95% bootstrap intervals over questions.
+Each question and its answer are read once, without generating anything, behind the full cache, behind none (the prompt's
+opening), behind the document's first N tokens (``--first``, what an untrained cartridge is) and behind each file. ``score`` is
+1 where every token of the answer is the likeliest one, so that greedy decoding would begin with the answer, word for word:
+stricter than finding it somewhere in a generated text. ``kl`` is KL(full || cache) at the answer's tokens, over the full
+cache's 200 likeliest tokens, the answer's own and one for all others. With ``--write N`` the model also writes N tokens for
+each question, and rows of the task ``written_answers`` have a ``score`` of 1 where an accepted answer is found in them.
+ROWS.jsonl holds a row per question and cache; the table beside it (.csv) has the columns of ``kvcompact eval`` and 95%
+bootstrap intervals over questions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,9 +27,11 @@ from kvcompact_kernels import patch_model
 from kvcompact_kernels.cache import CompactCache
 from kvcompact_kernels.cli.common import load_model, read_text
 from kvcompact_kernels.evaluation.aggregate import aggregate, to_csv
+from kvcompact_kernels.evaluation.metrics import score_any
 from kvcompact_kernels.patch import CompactSession, model_spec
 from kvcompact_kernels.prompt import document_ids, prompt_format, question_ids
 from kvcompact_kernels.training.distill import Targets, distillation_loss, hidden_states, teacher_targets
+from kvcompact_kernels.training.generation import generate
 
 BATCH = 16
 
@@ -39,17 +44,19 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--first", type=int, action="append", default=[], metavar="N", help="the first N tokens")
     parser.add_argument("--cache", action="append", default=[], metavar="NAME=FILE", help="a cache file")
+    parser.add_argument("--write", type=int, default=0, metavar="N", help="tokens to write as well (0)")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     loaded = load_model(args.model, args.dtype, "cpu", quiet=True)
     model, tokenizer = patch_model(loaded.model.requires_grad_(False), "full"), loaded.tokenizer
     form, spec = prompt_format(tokenizer), model_spec(model)
     context = document_ids(tokenizer, form, read_text(args.document).strip())
-    items = []
+    items, accepted = [], []
     for entry in json.loads(Path(args.questions).read_text(encoding="utf-8")):
         prompt = question_ids(tokenizer, form, f"{entry['query']} {entry.get('answer_prompt') or ''}".strip())
         answer = tokenizer(entry["answers"][0], add_special_tokens=False).input_ids
         items.append((entry.get("id", str(len(items))), prompt, answer))
+        accepted.append(tuple(entry["answers"]))
 
     def read(ids: list[int]) -> CompactCache:
         return model.compact(torch.tensor([ids]), method="full", ratio=1)
@@ -71,10 +78,13 @@ def main() -> None:
         found = {}
         for group in groups:
             found |= measure(model, spec, cache, group, items, targets)
-        for i in range(len(items)):
+        tasks = {"gold_answers": found}
+        if args.write:
+            tasks["written_answers"] = write(model, tokenizer, cache, groups, items, accepted, args.write)
+        for task, i in ((task, i) for task in tasks for i in range(len(items))):
             rows.append(
                 {
-                    "task": "gold_answers",
+                    "task": task,
                     "length": len(context),
                     "case": 0,
                     "probe": i,
@@ -90,11 +100,12 @@ def main() -> None:
                     ),
                     **dict.fromkeys(("first_token_seconds", "decode_tokens_per_second", "same_answer", "error")),
                     "meta": {"id": items[i][0]},
-                    **found[i],
+                    **tasks[task][i],
                 }
             )
-        own = [row for row in rows if row["method"] == name]
-        means = {k: sum(row[k] for row in own) / len(own) for k in ("score", "cross_entropy", "kl")}
+        means = {k: sum(x[k] for x in found.values()) / len(items) for k in ("score", "cross_entropy", "kl")}
+        if args.write:
+            means["written"] = sum(x["score"] for x in tasks["written_answers"].values()) / len(items)
         print(name, {k: round(v, 4) for k, v in means.items()}, f"{time.process_time() - start:.0f} s", flush=True)
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     args.out.with_suffix(".csv").write_text(to_csv(aggregate(rows)), encoding="utf-8")
@@ -129,6 +140,17 @@ def measure(model, spec, cache, group, items, targets) -> dict[int, dict[str, fl
         }
         for i, count, kl, entropy, right in figures
     }
+
+
+def write(model, tokenizer, cache, groups, items, accepted, tokens) -> dict[int, dict[str, Any]]:
+    """Whether an accepted answer stands in what the model writes, and what that is."""
+    found = {}
+    for group in groups:
+        for i, answer in zip(group, generate(model, [items[i][1] for i in group], tokens, past=cache)):
+            text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+            nothing = dict.fromkeys(("kl", "cross_entropy", "predicted_tokens", "agreement"))
+            found[i] = {"score": score_any(accepted[i], text), "answer": text, **nothing}
+    return found
 
 
 if __name__ == "__main__":
