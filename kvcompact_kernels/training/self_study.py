@@ -414,7 +414,7 @@ class _Writer:
     def _recall(self, draw: random.Random, first: int, last: int, count: int) -> list[tuple[str, str]]:
         """Passages that are to be continued, and how they go on."""
         rows = []
-        for start in sorted(draw.sample(range(first, last), min(count, last - first))):
+        for start in sorted(draw_starts(draw, first, last, count)):
             words = self._passage(start, last).split()
             if len(words) >= 6:
                 cut = draw.randint(len(words) // 3, 2 * len(words) // 3)

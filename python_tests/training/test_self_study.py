@@ -116,6 +116,10 @@ def test_passages_to_be_continued(model, tokenizer, tmp_path):
     for i in range(len(alone)):
         assert torch.equal(alone[i].prompt, data[i].prompt) and torch.equal(alone[i].targets.logs, data[i].targets.logs)
 
+    # more than the chunk has pieces: some begin twice
+    many = prepare_conversations(model, tokenizer, TEXT, replace(config, recall=30, batch=30), tmp_path)
+    assert sum(many[i].kind == "recall" for i in range(len(many))) > len(split_text(TEXT))
+
 
 FACTS = (
     "In 1971 Anna Berg sold 12.5% of the Mill of Tore to Olaf. Olaf paid 1,200 crowns, says Olaf.\n"
