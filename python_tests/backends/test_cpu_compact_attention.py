@@ -172,12 +172,14 @@ def test_rows_that_see_nothing(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_large_logits(dtype):
     k, v, _ = block(1, 1, 200, 64, dtype)
-    q = query(1, 3, 1, 64, dtype)
+    # logits of 500 are rounded to 3e-5: with few queries it is chance whose largest error is larger
+    q = query(128, 3, 1, 64, dtype)
     run_and_check(q, [(k, v, torch.linspace(-3e4, 3e4, 200)[None, None])], kv_heads=1)
     run_and_check(q, [(k, v, torch.full((1, 1, 200), -500.0))], kv_heads=1)
     q[0, 1] = math.nan
     out, lse = cpu.run(q, [k], [v], [None], [None], None, None, None, 0.125, True, -1, 1)
-    assert out[0, 1].isnan().all() and lse[0, 1].isnan().all() and out[0, [0, 2]].isfinite().all()
+    assert out[0, 1].isnan().all() and lse[0, 1].isnan().all()
+    assert out[0, [0, 2]].isfinite().all() and out[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
