@@ -30,7 +30,13 @@ from kvcompact_kernels.evaluation.aggregate import aggregate, to_csv
 from kvcompact_kernels.evaluation.metrics import score_any
 from kvcompact_kernels.patch import CompactSession, model_spec
 from kvcompact_kernels.prompt import document_ids, prompt_format, question_ids
-from kvcompact_kernels.training.distill import Targets, distillation_loss, hidden_states, teacher_targets
+from kvcompact_kernels.training.distill import (
+    Targets,
+    distillation_loss,
+    hidden_states,
+    pad_answers,
+    teacher_targets,
+)
 from kvcompact_kernels.training.generation import generate
 
 BATCH = 16
@@ -114,13 +120,7 @@ def main() -> None:
 @torch.no_grad()
 def measure(model, spec, cache, group, items, targets) -> dict[int, dict[str, float]]:
     """Figures of a few questions; those of the first cache that is asked become the targets of the others."""
-    longest = max(len(items[i][1]) + len(items[i][2]) for i in group)
-    ids = torch.zeros(len(group), longest, dtype=torch.int64)
-    places = torch.zeros(len(group), longest, dtype=torch.bool)
-    for row, i in enumerate(group):
-        _, prompt, answer = items[i]
-        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        places[row, len(prompt) : len(prompt) + len(answer)] = True
+    ids, places = pad_answers([items[i][1:] for i in group])
     session = CompactSession(spec, cache)
     session.functional = True
     hidden = hidden_states(model, ids, session, places)

@@ -212,3 +212,21 @@ def still_compaction(
         )
         z = update_latents(z, pooled, params, block, config, latent_tables)
     return prepend_sink(read_out(z, params, config, rope, where, dtype), keys, values, sink)
+
+
+def still_compaction_chunked(
+    keys: Tensor,
+    values: Tensor,
+    params: dict[str, Tensor],
+    config: StillConfig,
+    rope: Rope,
+    chunk: int,
+    first: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """STILL's iterative compaction: :func:`still_compaction` of every chunk; arguments as in ``ops.still_compaction_chunked``."""
+    blocks = []
+    for start in range(0, keys.shape[2], chunk):
+        piece = slice(start, start + chunk)
+        positions = torch.arange(first + start, first + start + chunk, device=keys.device)
+        blocks.append(still_compaction(keys[:, :, piece], values[:, :, piece], params, config, rope, positions))
+    return tuple(None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*blocks))

@@ -27,7 +27,7 @@ from ..model_spec import ModelSpec
 from ..prompt import document_ids, prompt_format
 from ..token_selector import TokenSelector
 from .common import frozen
-from .distill import RESTS, Targets, distillation_loss, hidden_states
+from .distill import RESTS, Targets, distillation_loss, hidden_states, pad_answers
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, stable_number, train
 from .self_study import Conversation, Conversations, SelfStudyConfig, prepare_conversations
 from .study_start import study_start
@@ -393,16 +393,8 @@ class _Task:
 
 
 def collate(conversations: Sequence[Conversation], device: torch.device | str) -> tuple[Tensor, Tensor, Targets]:
-    """One batch: ids ``[B, n]`` with zeros behind the shorter rows, the answers' places in it, and the targets there.
-
-    The zeros need no mask: they stand behind every token that counts, and attention is causal.
-    """
-    longest = max(len(c.prompt) + len(c.answer) for c in conversations)
-    ids = torch.zeros(len(conversations), longest, dtype=torch.int64)
-    rows = torch.zeros(len(conversations), longest, dtype=torch.bool)
-    for i, c in enumerate(conversations):
-        start, end = len(c.prompt), len(c.prompt) + len(c.answer)
-        ids[i, :start], ids[i, start:end], rows[i, start:end] = c.prompt, c.answer, True
+    """One batch: ids ``[B, n]`` and the answers' places in it as :func:`.pad_answers` makes them, and the targets there."""
+    ids, rows = pad_answers([(c.prompt, c.answer) for c in conversations])
     targets = Targets(
         torch.cat([c.targets.ids for c in conversations]).to(device),
         torch.cat([c.targets.logs for c in conversations]).to(device),

@@ -6,11 +6,13 @@ the token that really came, per position (STILL, arXiv 2606.07878; Cartridges, a
 width exist for ``rows`` positions at a time, in the backward pass too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_int, check_tensor
@@ -41,6 +43,21 @@ class Targets:
     def top(self) -> Tensor:
         """int64 ``[N]``: the teacher's most likely tokens."""
         return self.ids[:, 0]
+
+
+def pad_answers(pairs: Sequence[tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]]) -> tuple[Tensor, Tensor]:
+    """Prompts, each with the answer behind it, as one batch.
+
+    Args:
+        pairs: token ids of prompt and answer.
+
+    Returns:
+        ``(ids [B, n] int64, places [B, n] bool)``: shorter rows end in zeros, and ``places`` is True where answers stand. The
+        zeros need no mask: they stand behind every token that counts, and attention is causal.
+    """
+    rows = [torch.cat([torch.as_tensor(part, dtype=torch.int64) for part in pair]) for pair in pairs]
+    places = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, pairs)]
+    return pad_sequence(rows, batch_first=True), pad_sequence(places, batch_first=True)
 
 
 def hidden_states(model: nn.Module, ids: Tensor, past: Any, rows: Tensor) -> Tensor:

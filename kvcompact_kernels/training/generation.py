@@ -69,12 +69,11 @@ def generate(
         logits_processor=LogitsProcessorList([chooser]),
         **({} if past is None else {"past_key_values": past}),
     )
+    kept = [torch.stack(x, 1) for x in zip(*((step.ids, step.logs) for step in chooser.kept))]  # [B, steps, top_k + 1]
     written = []
     for number, row in enumerate(out[:, longest:].tolist()):
         end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
-        kept = [(step.ids[number], step.logs[number]) for step in chooser.kept[:end]]
-        targets = Targets(*map(torch.stack, zip(*kept))) if kept else None
-        written.append(Written(row[:end], targets))
+        written.append(Written(row[:end], Targets(*(x[number, :end] for x in kept)) if kept else None))
     return written
 
 

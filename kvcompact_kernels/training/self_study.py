@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .._checks import check_choice, check_int
 from ..cache import CompactCache, load_safetensors, save_safetensors
 from ..evaluation.metrics import stop_ids
 from ..evaluation.store import write_atomically
 from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
-from .distill import Targets, hidden_states, teacher_targets
+from .distill import Targets, hidden_states, pad_answers, teacher_targets
 from .generation import generate
 from .loop import stable_number
 
@@ -492,10 +491,7 @@ class _Writer:
         """The teacher's distribution at the answers of prompts and answers."""
         if not rows:
             return []
-        device = self.model.device
-        ids = pad_sequence([torch.tensor(prompt + answer) for prompt, answer in rows], batch_first=True)
-        places = pad_sequence([torch.arange(len(p) + len(a)) >= len(p) for p, a in rows], batch_first=True)
-        ids, places = ids.to(device), places.to(device)
+        ids, places = (x.to(self.model.device) for x in pad_answers(rows))
         hidden = hidden_states(self.model, ids, cache, places)
         all_targets = teacher_targets(self.model, hidden, ids[places], self.config.top_k)
         counts = [len(answer) for _, answer in rows]

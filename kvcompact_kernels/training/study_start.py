@@ -56,9 +56,8 @@ def study_start(
     Args:
         model: patched and frozen.
         ids: the text; the model must have as many positions.
-        conversations: on it, at least one; passages to continue, or with gaps, count only where there is
-            nothing else. With a selector
-            ``FIT_CONVERSATIONS`` of them, drawn once and for all.
+        conversations: on it, at least one; passages to continue, or with gaps, count only where there is nothing else.
+            With a selector ``FIT_CONVERSATIONS`` of them, drawn once and for all.
         slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; the mean, with a selector whose config
             has ``shares``.
         sinks: first tokens that are kept in any case.

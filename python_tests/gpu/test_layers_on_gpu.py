@@ -13,9 +13,11 @@ from triton_still_cases import check_forward, make_inputs
 from kvcompact_kernels.backends.triton import pack
 from kvcompact_kernels.backends.triton import still_compaction as still
 from kvcompact_kernels.ops import pack_slots, still_compaction, still_compaction_chunked
+from kvcompact_kernels.reference import still_compaction as reference
 from kvcompact_kernels.reference.pack import pack_slots as packed_by_definition
 from kvcompact_kernels.rope import Rope
 from kvcompact_kernels.still_config import StillConfig, init_still_parameters
+from kvcompact_kernels.testing.budget import assert_within_budget
 from kvcompact_kernels.testing.memory import requested_bytes
 
 pytestmark = [
@@ -133,16 +135,14 @@ def compactor_inputs(count=36, tokens=2048, slots=256, dtype=torch.bfloat16, **o
 
 @pytest.mark.parametrize("chunk", [None, 512])
 def test_compaction_of_all_layers_waits_for_nothing_and_replays(chunk):
-    args = compactor_inputs(count=4)
+    args = compactor_inputs(count=4, slots=256 if chunk is None else 64)
 
     def run():
         if chunk is None:
             return still_compaction(*args, backend="triton")
-        return still_compaction_chunked(*args[:3], StillConfig(64, 128), args[4], chunk, backend="triton")
+        return still_compaction_chunked(*args, chunk, backend="triton")
 
-    if chunk is not None:
-        args = (*compactor_inputs(count=4, slots=64)[:3], *args[3:])
-    wanted = run()
+    run()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
@@ -155,9 +155,13 @@ def test_compaction_of_all_layers_waits_for_nothing_and_replays(chunk):
         for x in block:
             x.fill_(float("nan"))
     graph.replay()
-    for block, want in zip(got, wanted):
-        for x, y in zip(block, want):  # matrix products of libraries need not be equal to the bit
-            assert (x.float() - y.float()).norm() < 0.01 * y.float().norm()
+    *layers, config, rope = args
+    for block, (keys, values, params) in zip(got, zip(*layers)):
+        pieces = config, rope, chunk or keys.shape[2]
+        naive = reference.still_compaction_chunked(keys, values, params, *pieces)
+        truth = reference.still_compaction_chunked(keys.double(), values.double(), params, *pieces)
+        for name, x, y, z in zip(("keys", "values", "beta"), block, naive, truth):
+            assert_within_budget(x, y, z, name=name)
 
 
 def test_launches_follow_the_bytes_and_not_the_layers():
@@ -174,7 +178,7 @@ def test_launches_follow_the_bytes_and_not_the_layers():
         kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         counts[layers] = sum("project_keys" in name or "attend" in name for name in kernels)
     if not any(counts.values()):
-        pytest.skip("the profiler sees no kernels here")
+        pytest.skip("the profiler reports no kernels: CUPTI is missing, or this container may not use it")
     assert counts[1] == counts[4] == counts[12], counts
 
 
