@@ -228,7 +228,8 @@ def get_method(method: str | Method, **options) -> Method:
             raise TypeError(f"options {sorted(options)} were given with a ready {type(method).__name__}")
         return method
     if not isinstance(method, str):
-        raise TypeError(f"method must be a name or a Method with its options, got {method!r}")
+        shown = "a Tensor" if isinstance(method, Tensor) else repr(method)  # whose values nobody wants to read
+        raise TypeError(f"method must be a name or a Method with its options, got {shown}")
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, sorted(_METHODS)))}, got {method!r}")
     cls = _METHODS[method]

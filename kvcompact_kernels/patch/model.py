@@ -335,9 +335,9 @@ def _before_head(state: PatchState, head: nn.Module, args: tuple) -> tuple:
 def _compact(
     self: PreTrainedModel,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
     method: str | Method | None = None,
+    *,
+    attention_mask: Tensor | None = None,
     ratio: float | None = None,
     slots: int | None = None,
     progress: bool = False,

@@ -160,8 +160,10 @@ def test_sizes_and_defaults():
     assert kc.compact(model, ids, Every(), ratio=1).num_slots == CONTEXT
     kc.patch_model(model, Every(), slots=9)
     assert model.compact(ids).num_slots == 9 and model.compact(ids, ratio=4).num_slots == 10
-    assert model.compact(ids, method="streaming_llm", sinks=2).method == "streaming_llm"
+    assert model.compact(ids, "streaming_llm", sinks=2).method == "streaming_llm"  # as in compact()
     assert kc.compact(model, ids).method == "every"
+    with pytest.raises(TypeError, match="method must be a name or a Method with its options, got a Tensor$"):
+        model.compact(ids, torch.ones_like(ids))  # a mask has its name
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,7 @@ def test_save_and_load(family, tmp_path):
     ids, mask = tiny_ids(2, CONTEXT), torch.ones(2, CONTEXT, dtype=torch.long)
     mask[1, :9] = 0
     question = tiny_ids(2, 5, 3)
-    for cache in (model.compact(ids), model.compact(ids, mask)):
+    for cache in (model.compact(ids), model.compact(ids, attention_mask=mask)):
         cache.save(tmp_path / "cache.safetensors")
         loaded = CompactCache.load(tmp_path / "cache.safetensors", model)
         assert (loaded.method, loaded.info, loaded.logical_length) == (cache.method, cache.info, cache.logical_length)

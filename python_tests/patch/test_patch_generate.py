@@ -103,9 +103,9 @@ def test_padded_contexts_equal_each_context_alone(model, side):
 def test_equal_rows_stay_rectangular_and_unequal_ones_are_packed():
     model = kc.patch_model(tiny_model("llama"), Every(), ratio=4)
     ids, mask = tiny_ids(2, CONTEXT), torch.ones(2, CONTEXT, dtype=torch.long)
-    assert all(b.offsets is None for b in model.compact(ids, mask).layers)
+    assert all(b.offsets is None for b in model.compact(ids, attention_mask=mask).layers)
     mask[1, :20] = 0
-    cache = model.compact(ids, mask)
+    cache = model.compact(ids, attention_mask=mask)
     block = cache.layers[0]
     assert block.offsets is not None and block.slot_counts.tolist() == [[11, 11], [6, 6]]
     assert block.keys.shape[0] == 2 * (11 + 6)  # no padding in memory
