@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--distractor", action="append", default=[], metavar="FILE", help="a cache file to train beside (repeatable)"
     )
     parser.add_argument(
+        "--reposition",
+        action="store_true",
+        help="put them together as CompactCache.compose does by default, one behind the other's tokens",
+    )
+    parser.add_argument(
         "--memory-gb",
         type=float,
         metavar="GB",
@@ -92,9 +97,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     share = args.distractors if args.distractors is not None else 0.5 if args.distractor else 0.0
     if args.memory_gb is not None and not 0 < args.memory_gb < float("inf"):
         raise UsageError(f"--memory-gb must be above 0, got {args.memory_gb}")
+    if args.reposition and not share:
+        raise UsageError("--reposition is how cartridges stand beside each other: give --distractors or --distractor")
     with usage_errors():
         config = CartridgeConfig(
-            args.slots, args.init, args.sinks, args.train_beta, args.batch_tokens, distractors=share
+            args.slots,
+            args.init,
+            args.sinks,
+            args.train_beta,
+            args.batch_tokens,
+            distractors=share,
+            reposition=args.reposition,
         )
         study = SelfStudyConfig(
             conversations=args.conversations,

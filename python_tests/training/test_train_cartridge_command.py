@@ -6,6 +6,7 @@ import json
 import pytest
 from tiny_folder import save_tiny_folder
 
+from kvcompact_kernels import CompactCache
 from kvcompact_kernels.cli import main
 
 TEXT = "The lantern is green. The bell rings at noon. Nobody knows why. Seven ships left. " * 3
@@ -42,6 +43,7 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
         (["--kinds", "question,riddle"], 2, "kinds must be some of 'structuring'"),
         (["--short-answers", "2"], 2, "short_answers must be in [0, 1.0], got 2.0"),
         (["--distractors", "0.5"], 1, "one document alone has none"),
+        (["--reposition"], 2, "give --distractors or --distractor"),
         (["--memory-gb", "-1"], 2, "--memory-gb"),
     ]:
         assert main([*command, *extra]) == code
@@ -58,7 +60,9 @@ def test_the_command_on_several_documents(folder, tmp_path, capsys):
         paths[-1].write_text(text)
     command = ["train", "cartridge", *paths, "--model", folder, "--out", tmp_path / "all", "--slots", 40, "--steps", 2]
     command += ["--conversations", 6, "--held-out", 1, "--request-tokens", 4, "--answer-tokens", 4, "--quiet"]
-    command += ["--chunk-tokens", 100, "--dtype", "float32", "--distractors", 0.5]
+    command += ["--chunk-tokens", 100, "--dtype", "float32", "--distractors", 0.5, "--reposition"]
     assert main([str(part) for part in command]) == 0
+    config = CompactCache.load(tmp_path / "all" / "same.kvc").info["training"]["config"]
+    assert config["distractors"] == 0.5 and config["reposition"] is True
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"same.kvc", "same-2.kvc"}
     assert "same-2.kvc: " in capsys.readouterr().out
