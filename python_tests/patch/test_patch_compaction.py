@@ -561,13 +561,13 @@ def test_bad_contexts():
         with pytest.raises(error, match=words):
             model.compact(bad)
     with pytest.raises(ValueError, match=r"attention_mask must have shape \[2, 12\]"):
-        model.compact(ids, torch.ones(2, 11))
+        model.compact(ids, attention_mask=torch.ones(2, 11))
     with pytest.raises(ValueError, match=r"rows \[1\]: an empty context"):
-        model.compact(ids, torch.tensor([[1] * 12, [0] * 12]))
+        model.compact(ids, attention_mask=torch.tensor([[1] * 12, [0] * 12]))
     with pytest.raises(ValueError, match=r"12 tokens, fewer than the 13 slots"):
         model.compact(ids[:1], slots=13)
     with pytest.raises(ValueError, match=r"\(row 1\) has 4 tokens, fewer than the 5 slots"):
-        model.compact(ids, torch.tensor([[1] * 12, [0] * 8 + [1] * 4]), slots=5)
+        model.compact(ids, attention_mask=torch.tensor([[1] * 12, [0] * 8 + [1] * 4]), slots=5)
     with pytest.raises(ValueError, match="method 'snapkv' needs at least"):
         model.compact(ids, method="snapkv", slots=1)
     with pytest.raises(TypeError, match="no option 'backend'"):  # reading a context leaves nothing to choose
