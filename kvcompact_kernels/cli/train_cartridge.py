@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that the conversations' answers look at (self_study:weights=F: that the selector of F chooses), or "
         "cartridge:file=F, to train a file's slots further (default: the first tokens)",
     )
+    parser.add_argument(
+        "--layer-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="fit each layer's slots by themselves for N steps first, from any start but the first tokens (0)",
+    )
     parser.add_argument("--sinks", type=int, default=1, help="leading slots that are not trained (1)")
     parser.add_argument("--train-beta", action="store_true", help="also train a bias per slot")
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N", help="of conversations in a step (2048)")
@@ -108,6 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.batch_tokens,
             distractors=share,
             reposition=args.reposition,
+            layer_steps=args.layer_steps,
         )
         study = SelfStudyConfig(
             conversations=args.conversations,

@@ -159,25 +159,25 @@ class Cartridge(nn.Module):
         """The cartridge that starts as ``cache``; options as for the class."""
         return cls(cache, **options)
 
+    def block(self, layer: int) -> CompactBlock | WindowBlock:
+        """One layer of :meth:`to_cache`, in the parameters' dtype."""
+        keys, values = getattr(self, f"fixed_keys_{layer}"), getattr(self, f"fixed_values_{layer}")
+        if self.kinds[layer] == "sliding":
+            return WindowBlock(keys, values)
+        beta, offsets, order = (getattr(self, f"{name}_{layer}") for name in ("fixed_beta", "offsets", "order"))
+        number = self.kinds[:layer].count("full")
+        if self.train_beta:
+            beta = _joined(beta, self.beta[number], order)
+        keys, values = _joined(keys, self.keys[number], order), _joined(values, self.values[number], order)
+        return CompactBlock(keys, values, beta, offsets, 0 if offsets is None else offsets.numel() - 1)
+
     def to_cache(self, dtype: torch.dtype | None = None) -> CompactCache:
         """The cache of the present parameters, which gradients flow back through; compose it with ``CompactCache.compose``.
 
         Args:
             dtype: of keys and values, the model's; None is the parameters' own.
         """
-        layers, trained = [], 0
-        for i, kind in enumerate(self.kinds):
-            keys, values = getattr(self, f"fixed_keys_{i}"), getattr(self, f"fixed_values_{i}")
-            if kind == "sliding":
-                layers.append(WindowBlock(keys, values).to(dtype=dtype))
-                continue
-            beta, offsets, order = (getattr(self, f"{name}_{i}") for name in ("fixed_beta", "offsets", "order"))
-            if self.train_beta:
-                beta = _joined(beta, self.beta[trained], order)
-            keys, values = _joined(keys, self.keys[trained], order), _joined(values, self.values[trained], order)
-            heads = 0 if offsets is None else offsets.numel() - 1
-            layers.append(CompactBlock(keys, values, beta, offsets, heads).to(dtype=dtype))
-            trained += 1
+        layers = [self.block(i).to(dtype=dtype) for i in range(len(self.kinds))]
         info = {**self.info, "cartridge": {"sinks": self.sinks, "train_beta": self.train_beta}}
         ropes = {kind: replace(r, inv_freq=r.inv_freq.to(layers[0].keys.device)) for kind, r in self.ropes.items()}
         return CompactCache(tuple(layers), self.logical_length, self.fingerprint, ropes, None, "cartridge", info)

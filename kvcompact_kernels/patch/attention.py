@@ -106,7 +106,7 @@ def attention_forward(
     else:
         out = _compact(block, query, key, value, attention_mask, scaling, dropout, kvcompact.backend)
     if not kvcompact.detached:
-        session.after_attention(module.layer_idx, query)
+        session.after_attention(module.layer_idx, query, out)
     return out, None
 
 

@@ -380,8 +380,8 @@ class CompactSession(Cache):
             old = torch.ones(batch, tail, dtype=torch.bool, device=device)
         return torch.cat([old, given], 1)
 
-    def after_attention(self, layer_idx: int, query: Tensor) -> None:
-        """Called by the attention function once a layer's attention has run."""
+    def after_attention(self, layer_idx: int, query: Tensor, out: Tensor) -> None:
+        """Called by the attention function once a layer's attention has run: query ``[B, H, Lq, d]``, out ``[B, Lq, H, d]``."""
         if self.compactor is not None and not self.layers[layer_idx].is_sliding:
             self.compactor.after_attention(self, layer_idx, query)
 

@@ -2,31 +2,56 @@
 """What later tokens attend to in a context: their queries, and how much each of the context's tokens gets of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model_spec import ModelSpec
+from ..patch.families import decoder
 from ..patch.session import CompactSession
 
 
 class Recorder(CompactSession):
-    """A session that stores nothing of a pass but its queries and keys, by layer."""
+    """A session that stores nothing of a pass but what attention read and gave, by layer.
+
+    Attributes:
+        queries: ``[B, H, n, d]``, rotated.
+        tail_keys, tail_values: ``[B, Hkv, n, d]`` of the new tokens.
+        outputs: ``[B, n, H, d]``.
+    """
 
     def __init__(self, spec: ModelSpec, past: Any):
         super().__init__(spec, past)
         self.functional = True
         self.queries: dict[int, Tensor] = {}
         self.tail_keys: dict[int, Tensor] = {}
+        self.tail_values: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        self.tail_keys[layer_idx] = key_states
+        self.tail_keys[layer_idx], self.tail_values[layer_idx] = key_states, value_states
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def after_attention(self, layer_idx: int, query: Tensor) -> None:
-        self.queries[layer_idx] = query
+    def after_attention(self, layer_idx: int, query: Tensor, out: Tensor) -> None:
+        self.queries[layer_idx], self.outputs[layer_idx] = query, out
+
+
+def read_behind(
+    model: Any, spec: ModelSpec, past: Any, rows: Sequence[Tensor], batch: int
+) -> Iterator[tuple[list[int], Recorder]]:
+    """Has the model read each of ``rows``, int64 ``[n]``, behind the cache ``past``.
+
+    Yields ``(numbers, recorder)``: which rows were read together, padded on the right. Rows of like length share a pass.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for first in range(0, len(order), batch):
+        numbers = order[first : first + batch]
+        padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in numbers], batch_first=True).to(model.device)
+        session = Recorder(spec, past)
+        decoder(model)(input_ids=padded, past_key_values=session, use_cache=True)
+        yield numbers, session
 
 
 def received_attention(

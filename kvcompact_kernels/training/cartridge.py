@@ -26,13 +26,16 @@ from ..methods.cartridge import Cartridge
 from ..model_spec import ModelSpec
 from ..prompt import document_ids, prompt_format
 from ..token_selector import TokenSelector
+from ..version import __version__
 from .common import frozen
 from .distill import RESTS, Targets, distillation_loss, hidden_states, pad_answers
+from .layer_fit import fit_layers
 from .loop import LoopConfig, ParameterGroup, Step, StepOutput, TrainResult, stable_number, train
 from .self_study import Conversation, Conversations, SelfStudyConfig, prepare_conversations
 from .study_start import study_start
 
 FIRST_TOKENS = "cartridge"
+LAYERS = "layers"
 SELF_STUDY = "self_study"
 SUFFIX = ".kvc"
 
@@ -56,6 +59,8 @@ class CartridgeConfig:
         distractors: share of the steps in which another cartridge stands beside the one that is asked, so that they can
             be composed: another document's of this run, or one that was given.
         reposition: how they are composed, as in ``CompactCache.compose``.
+        layer_steps: steps in which each layer's slots are fitted by themselves to what the whole text's attention gives, before
+            they are trained together (:func:`.layer_fit.fit_layers`).
     """
 
     slots: int = 512
@@ -66,6 +71,7 @@ class CartridgeConfig:
     rest: str = "lump"
     distractors: float = 0.0
     reposition: bool = False
+    layer_steps: int = 0
 
     def __post_init__(self):
         check_int("slots", self.slots, minimum=1)
@@ -78,6 +84,12 @@ class CartridgeConfig:
             raise TypeError(f"distractors must be a number, got {type(self.distractors).__name__}")
         if not 0 <= self.distractors <= 1:
             raise ValueError(f"distractors must be in [0, 1], got {self.distractors}")
+        check_int("layer_steps", self.layer_steps, minimum=0)
+        if self.layer_steps and self.init == FIRST_TOKENS:
+            raise ValueError(
+                f"layer_steps fits slots to the whole text, of which init {FIRST_TOKENS!r} reads the first tokens only: give "
+                f"another init, such as {SELF_STUDY!r}"
+            )
         self.method()
 
     def method(self) -> Method | None:
@@ -199,6 +211,7 @@ def train_cartridge(
     if not single:
         out.mkdir(parents=True, exist_ok=True)
     done: list[TrainedCartridge] = []
+    spent = 0.0  # seconds of training
     with frozen(model):
         for number, names in enumerate(groups):
             conversations = [
@@ -207,28 +220,37 @@ def train_cartridge(
                 )
                 for name in names
             ]
-            cartridges = [_start(model, spec, ids[name], data, config) for name, data in zip(names, conversations)]
+            cartridges = [
+                _start(model, spec, ids[name], data, config, work / f"start-{name}{SUFFIX}")
+                for name, data in zip(names, conversations)
+            ]
             files = [*given, *(entry.path for entry in done)]
             task = _Task(model, spec, names, cartridges, conversations, config, loop.seed, files)
             folder = work if len(groups) == 1 else work / f"group-{number + 1}"
-            result = train(
-                task.step,
-                [ParameterGroup(task.parameters())],
-                replace(loop, steps=loop.steps * len(names)),
-                folder,
-                identity=task.identity(given),
-                evaluate=task.evaluate,
-                progress=progress,
-                description=names[0] if len(names) == 1 else f"{len(names)} cartridges",
-            )
+            fitted, spent = _fit_layers(task, ids, work / LAYERS, config, loop, spent, progress)
+            if fitted is not None and not fitted.finished:
+                result = TrainResult(0, False, 0, fitted.seconds, None, [])
+            else:
+                result = train(
+                    task.step,
+                    [ParameterGroup(task.parameters())],
+                    replace(loop, steps=loop.steps * len(names), max_seconds=_left(loop, spent)),
+                    folder,
+                    identity=task.identity(given),
+                    evaluate=task.evaluate,
+                    progress=progress,
+                    description=names[0] if len(names) == 1 else f"{len(names)} cartridges",
+                )
+                spent += result.seconds
             for name, text, cartridge, data in zip(names, map(texts.get, names), cartridges, conversations):
                 note = _note(form, name, text, model_name, config, study, loop, data, result)
                 _save(cartridge, paths[name], model.dtype, note)
                 done.append(_entry(name, paths[name], len(ids[name]), result))
             if not result.finished:
                 left = sum(map(len, groups[number + 1 :]))
+                layers = f" ({fitted.step} of {config.layer_steps} of the layers)" if fitted and not result.step else ""
                 report(
-                    f"stopped after step {result.step} of {loop.steps * len(names)}"
+                    f"stopped after step {result.step} of {loop.steps * len(names)}{layers}"
                     + (f"; {left} documents have not begun" if left else "")
                     + f"; the same call goes on from {folder}"
                 )
@@ -318,7 +340,7 @@ class _Task:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "documents": {name: data.digest for name, data in zip(self.names, self.conversations)},
             "config": json.loads(json.dumps(asdict(self.config))),
-            "distractors": [hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in given],
+            "distractors": [_sha256(path.read_bytes())[:32] for path in given],
         }
 
     def step(self, step: Step) -> StepOutput:
@@ -425,6 +447,45 @@ def _groups(
     return [names[i : i + together] for i in range(0, len(names), together)]
 
 
+def _fit_layers(
+    task: _Task,
+    ids: Mapping[str, list[int]],
+    folder: Path,
+    config: CartridgeConfig,
+    loop: LoopConfig,
+    spent: float,
+    progress: bool,
+) -> tuple[TrainResult | None, float]:
+    """Fits the layers of each cartridge of a group, up to one for which no time was left: how that or the last one ended, and
+    the seconds spent in all."""
+    result = None
+    for name, data, cartridge in zip(task.names, task.conversations, task.cartridges):
+        if not config.layer_steps or (result is not None and not result.finished):
+            break
+        result = fit_layers(
+            task.model,
+            task.spec,
+            ids[name],
+            data,
+            cartridge,
+            config.layer_steps,
+            folder / name,
+            seed=loop.seed,
+            max_seconds=_left(loop, spent),
+            piece_bytes=loop.piece_bytes,
+            identity={"config": task.identity([])["config"]},
+            progress=progress,
+            description=f"{name}: layers",
+        )
+        spent += result.seconds
+    return result, spent
+
+
+def _left(loop: LoopConfig, spent: float) -> float | None:
+    """Of the seconds that a call may train; the loop does one step even if none are left."""
+    return None if loop.max_seconds is None else max(0.0, loop.max_seconds - spent)
+
+
 def _output_paths(texts: Mapping[str, str], out: Path, single: bool) -> dict[str, Path]:
     if not texts:
         raise ValueError("documents must hold at least one document")
@@ -469,20 +530,57 @@ def _check_distractor(path: Path, model: Any) -> Path:
     return path
 
 
-def _start(model: Any, spec: ModelSpec, ids: list[int], data: Conversations, config: CartridgeConfig) -> Cartridge:
-    """The untrained cartridge."""
-    method, device = config.method(), model.device
-    if method is None:
-        talks, sinks = [data[i] for i in data.train], max(4, config.sinks)
-        cache = study_start(model, spec, ids, talks, config.slots, sinks, config.selector(spec))
-    elif config.init == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
-        context = torch.tensor([ids[: config.slots]], device=device)
-        cache = model.compact(context, method="full", ratio=1)
+def _start(
+    model: Any, spec: ModelSpec, ids: list[int], data: Conversations, config: CartridgeConfig, file: Path
+) -> Cartridge:
+    """The untrained cartridge. One that takes the whole text to make is kept in ``file``, so that a run that goes on has it."""
+    cache = None
+    if config.init != FIRST_TOKENS:
+        made_of = {"start": _digest(data, config)}
+        cache = _kept(file, made_of, model)
+        if cache is None:
+            cache = replace(_make_start(model, spec, ids, data, config), info=made_of)
+            cache.save(file)
     else:
-        cache = model.compact(torch.tensor([ids], device=device), method=method, slots=config.slots)
+        cache = _make_start(model, spec, ids, data, config)
     # the digest of the context would have a prompt that begins with it taken for the cached one
     cache = replace(cache, info={"init": config.init, "slots": config.slots})
     return Cartridge.from_cache(cache, sinks=config.sinks, train_beta=config.train_beta)
+
+
+def _make_start(
+    model: Any, spec: ModelSpec, ids: list[int], data: Conversations, config: CartridgeConfig
+) -> CompactCache:
+    method, device = config.method(), model.device
+    if method is None:
+        talks, sinks = [data[i] for i in data.train], max(4, config.sinks)
+        return study_start(model, spec, ids, talks, config.slots, sinks, config.selector(spec))
+    if config.init == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
+        return model.compact(torch.tensor([ids[: config.slots]], device=device), method="full", ratio=1)
+    return model.compact(torch.tensor([ids], device=device), method=method, slots=config.slots)
+
+
+def _digest(data: Conversations, config: CartridgeConfig) -> str:
+    """Of all that a start depends on: model, text and conversations, options, and the files that these name."""
+    _, options = parse_spec(config.init)
+    files = [Path(x).read_bytes() for x in options.values() if isinstance(x, str) and Path(x).is_file()]
+    parts = [__version__, data.digest, config.init, config.slots, config.sinks, *map(_sha256, files)]
+    return _sha256(json.dumps(parts).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _kept(file: Path, made_of: dict[str, str], model: Any) -> CompactCache | None:
+    """The cache of ``file``, if there is one of that and it is whole."""
+    if not file.is_file():
+        return None
+    try:
+        cache = CompactCache.load(file, model)
+    except (OSError, ValueError):
+        return None
+    return cache if cache.info == made_of else None
 
 
 def _note(
@@ -492,7 +590,7 @@ def _note(
         "model": model_name,
         "prompt": form.to_json(),
         "document": name,
-        "document_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "document_sha256": _sha256(text.encode()),
     }
     training = {
         "step": result.step,

@@ -175,6 +175,11 @@ class Conversation:
     targets: Targets
     kind: str
 
+    @property
+    def tokens(self) -> Tensor:
+        """int64 ``[q + a - 1]``: what is read to predict the answer; its last ``a`` places predict one token each."""
+        return torch.cat([self.prompt, self.answer[:-1]])
+
 
 class Conversations(Sequence):
     """Prepared conversations of one text. Only their lengths are in memory: each is read from its file when asked for.

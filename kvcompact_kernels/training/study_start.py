@@ -22,11 +22,10 @@ from ..methods.attention_matching import fit_best
 from ..methods.full import Full
 from ..methods.still import expected_recall
 from ..model_spec import ModelSpec
-from ..patch.families import decoder
 from ..reference import matching
 from ..reference.selection import proportional_counts
 from ..token_selector import TokenSelector
-from .attention import Recorder, received_attention
+from .attention import read_behind, received_attention
 from .self_study import GAP, RECALL, Conversation
 
 BATCH = 16
@@ -75,19 +74,14 @@ def study_start(
     # one piece of memory for each layer: thousands of small ones would lie between, and hold, what a batch needs for a moment
     total, filled = sum(map(len, wanted)), 0
     queries: dict[int, Tensor] = {}
-    order = sorted(range(len(conversations)), key=lambda i: len(conversations[i].prompt) + len(conversations[i].answer))
-    for first in range(0, len(order), BATCH):
-        rows = order[first : first + BATCH]
-        tokens = [torch.cat([conversations[i].prompt, conversations[i].answer[:-1]]) for i in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(model.device)
-        session = Recorder(spec, full)
-        decoder(model)(input_ids=padded, past_key_values=session, use_cache=True)
+    tokens = [c.tokens for c in conversations]
+    for rows, session in read_behind(model, spec, full, tokens, BATCH):
         # the query that an answer's token is predicted from stands one place before it
         begins = [len(conversations[i].prompt) - 1 for i in rows]
         for i in kept:
             seen, keys = session.queries[i], full.layers[i].keys
             if selector is None:
-                lengths = [len(x) for x in tokens]
+                lengths = [len(tokens[i]) for i in rows]
                 most, _ = received_attention(seen, session.tail_keys[i], keys, lengths, spec.scales[i], begins)
                 scores[i] += most.sum(0, keepdim=True)
             if i not in queries:

@@ -192,7 +192,7 @@ def task_of(model, tokenizer, count, slots=40, tokens=400, text=TEXT):
     patch_model(model.eval().requires_grad_(False), "full")
     config = CartridgeConfig(slots=slots, tokens=tokens)
     ids = training.document_ids(tokenizer, training.prompt_format(tokenizer), text)
-    start = training._start(model, model_spec(model), ids, Made(count), config)
+    start = training._start(model, model_spec(model), ids, Made(count), config, None)
     return training._Task(model, model_spec(model), ["a"], [start], [Made(count)], config, 0, [])
 
 
@@ -324,6 +324,72 @@ def test_other_starts(model, tokenizer, tmp_path, run_folder, init):
     assert all(block.beta is not None and (block.beta != 0).any() for block in cache.layers)
 
 
+FITTED = replace(CONFIG, init="self_study", layer_steps=8)
+
+
+@pytest.mark.parametrize("documents", [TEXT, {"one": TEXT, "two": OTHER}])
+def test_fitted_layers_are_where_the_training_starts(model, tokenizer, tmp_path, run_folder, documents, monkeypatch):
+    """Stopped in the middle of either part and gone on with: the same bits, and the start is made once."""
+    lines, starts, make = [], [], training.study_start
+    monkeypatch.setattr(training, "study_start", lambda *a, **k: starts.append(1) or make(*a, **k))
+    whole = fit(model, tokenizer, tmp_path / "a", run_folder / "a", documents, FITTED)
+    count = len(whole)
+    assert len(starts) == count and all(one.finished for one in whole)
+    parts = run_folder / "b"
+    (made, *_) = fit(
+        model,
+        tokenizer,
+        tmp_path / "b",
+        parts,
+        documents,
+        FITTED,
+        loop=replace(LOOP, max_seconds=0),
+        report=lines.append,
+    )
+    assert made.steps == 0 and not made.finished and made.evaluation is None and made.losses == []
+    assert "stopped after step 0 of" in lines[0] and "(1 of 8 of the layers)" in lines[0]
+    assert CompactCache.load(made.path).info["training"]["step"] == 0
+    while not made.finished:  # the fit of each document, then a piece of the training
+        loop = replace(LOOP, max_steps=9, max_seconds=None)
+        (made, *_) = fit(model, tokenizer, tmp_path / "b", parts, documents, FITTED, loop=loop)
+    assert len(starts) == 2 * count
+    for name in (".",) if count == 1 else ("one.kvc", "two.kvc"):
+        assert_same(tmp_path / "a" / name, tmp_path / "b" / name)
+    # what the training starts from is what the fit ended with
+    name = "document" if count == 1 else "one"
+    rows = [json.loads(line) for line in (parts / "layers" / name / "metrics.jsonl").read_text().splitlines()]
+    held = [row["evaluation"]["error"] for row in rows if "evaluation" in row]
+    assert held[-1] < held[0] and rows[-1]["step"] == 8
+    plain = replace(FITTED, layer_steps=0)
+    fit(model, tokenizer, tmp_path / "c", run_folder / "c", documents, plain, loop=replace(LOOP, max_steps=1))
+    first = []
+    for folder in (run_folder / "a", run_folder / "c"):
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        first.append(next(row["evaluation"]["kl"] for row in rows if "evaluation" in row and row["step"] == 0))
+    assert first[0] != first[1]
+
+
+def test_a_start_that_was_kept_is_used_for_the_same_run_only(model, tokenizer, tmp_path, run_folder, monkeypatch):
+    starts, make = [], training.study_start
+    monkeypatch.setattr(training, "study_start", lambda *a, **k: starts.append(1) or make(*a, **k))
+    config, once = replace(CONFIG, init="self_study"), replace(LOOP, max_steps=1)
+
+    def made(folder, config=config, study=STUDY):
+        before = len(starts)
+        fit(model, tokenizer, tmp_path / "a.kvc", run_folder, config=config, study=study, loop=once)
+        for path in [*run_folder.glob("checkpoint*"), *run_folder.glob("metrics.jsonl")]:
+            path.unlink()
+        return len(starts) - before
+
+    assert made(run_folder) == 1 and made(run_folder) == 0
+    assert made(run_folder, config=replace(config, slots=41)) == 1
+    assert made(run_folder, study=replace(STUDY, held_out=3)) == 1
+    file = run_folder / "start-document.kvc"
+    assert made(run_folder) == 1 and made(run_folder) == 0
+    file.write_bytes(file.read_bytes()[:1000])
+    assert made(run_folder) == 1 and made(run_folder) == 0
+
+
 def test_a_file_is_trained_further(model, tokenizer, tmp_path, run_folder):
     (first,) = fit(model, tokenizer, tmp_path / "a.kvc", run_folder, config=replace(CONFIG, init="self_study"))
     folder = tmp_path / "more"
@@ -370,6 +436,10 @@ def test_bad_documents_and_models(model, tokenizer, tmp_path):
     for name, value in {"slots": 0, "sinks": 600, "rest": "none", "distractors": 2, "init": "magic"}.items():
         with pytest.raises(ValueError):
             CartridgeConfig(**{name: value})
+    with pytest.raises(ValueError, match="layer_steps must be >= 0, got -1"):
+        CartridgeConfig(init="self_study", layer_steps=-1)
+    with pytest.raises(ValueError, match="layer_steps fits slots to the whole text"):
+        CartridgeConfig(layer_steps=1)
 
 
 def test_a_checkpoint_of_something_else_is_refused(model, tokenizer, tmp_path, run_folder):

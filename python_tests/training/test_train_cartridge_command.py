@@ -42,6 +42,7 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
         (["--init", "self_study:weight=x"], 2, "init 'self_study' has one option, weights; got weight"),
         (["--kinds", "question,riddle"], 2, "kinds must be some of 'structuring'"),
         (["--short-answers", "2"], 2, "short_answers must be in [0, 1.0], got 2.0"),
+        (["--layer-steps", "5"], 2, "init 'cartridge' reads the first tokens only: give another init"),
         (["--distractors", "0.5"], 1, "one document alone has none"),
         (["--reposition"], 2, "give --distractors or --distractor"),
         (["--memory-gb", "-1"], 2, "--memory-gb"),
@@ -61,8 +62,10 @@ def test_the_command_on_several_documents(folder, tmp_path, capsys):
     command = ["train", "cartridge", *paths, "--model", folder, "--out", tmp_path / "all", "--slots", 40, "--steps", 2]
     command += ["--conversations", 6, "--held-out", 1, "--request-tokens", 4, "--answer-tokens", 4, "--quiet"]
     command += ["--chunk-tokens", 100, "--dtype", "float32", "--distractors", 0.5, "--reposition"]
+    command += ["--init", "self_study", "--layer-steps", 3]
     assert main([str(part) for part in command]) == 0
     config = CompactCache.load(tmp_path / "all" / "same.kvc").info["training"]["config"]
     assert config["distractors"] == 0.5 and config["reposition"] is True
+    assert config["layer_steps"] == 3
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"same.kvc", "same-2.kvc"}
     assert "same-2.kvc: " in capsys.readouterr().out
