@@ -103,7 +103,7 @@ def fit_layers(
         cartridge: its trained slots, and biases if it trains them, change; sliding-window layers stay as they are.
         steps: optimizer steps.
         folder: of checkpoint and log.
-        max_seconds: as in :class:`.loop.LoopConfig`; reading the conversations counts.
+        max_seconds: as in :class:`.loop.LoopConfig`.
         identity: what else a checkpoint must agree with.
 
     Raises:
@@ -112,7 +112,7 @@ def fit_layers(
     """
     if cartridge.logical_length != len(ids):
         raise ValueError(f"the cartridge must stand for the {len(ids)} tokens of ids, got {cartridge.logical_length}")
-    task = _Task(model, spec, list(ids), conversations, cartridge, seed)
+    task = _Task(model, spec, list(ids), conversations, cartridge, seed, progress)
     loop = LoopConfig(
         steps=steps,
         lr=RATE,
@@ -137,11 +137,12 @@ def fit_layers(
         progress=progress,
         description=description,
         shown="error",
+        prepare=task.read,
     )
 
 
 class _Task:
-    """Loss and held-out error. Conversations are read at the first of them: a run that is finished needs none."""
+    """Loss and held-out error of what :meth:`read` was given to see."""
 
     def __init__(
         self,
@@ -151,11 +152,13 @@ class _Task:
         conversations: Conversations,
         cartridge: Cartridge,
         seed: int,
+        progress: bool,
     ):
         self.model, self.spec, self.ids, self.conversations, self.cartridge = model, spec, ids, conversations, cartridge
         self.layers = [i for i, kind in enumerate(cartridge.kinds) if kind == "full"]
-        self.seed = seed
-        self._asked: tuple[dict[int, Asked], dict[int, Asked]] | None = None
+        self.seed, self.progress = seed, progress
+        self.trained: dict[int, Asked] = {}
+        self.held_out: dict[int, Asked] = {}
         self._norms: dict[int, float] = {}
 
     def groups(self) -> list[ParameterGroup]:
@@ -178,22 +181,18 @@ class _Task:
         }
 
     def step(self, step: Step) -> StepOutput:
-        asked, _ = self._read()
-        count = asked[self.layers[0]].queries.shape[1]
+        count = self.trained[self.layers[0]].queries.shape[1]
         places = torch.tensor(step.batch(count, min(POSITIONS, count)))
-        errors = [self._error(i, asked[i], places) for i in self.layers]
+        errors = [self._error(i, self.trained[i], places) for i in self.layers]
         error = torch.stack(errors).mean()
-        return StepOutput(
-            error, {"worst_layer": max(float(x.detach()) for x in errors)}, f"positions {places[:8].tolist()}, ..."
-        )
+        worst = max(float(x.detach()) for x in errors)
+        return StepOutput(error, {"worst_layer": worst}, f"positions {places[:8].tolist()}, ...")
 
     def evaluate(self) -> dict[str, float]:
-        _, held = self._read()
-        count = held[self.layers[0]].queries.shape[1]
-        total = 0.0
+        count, total = self.held_out[self.layers[0]].queries.shape[1], 0.0
         for places in torch.arange(count).split(POSITIONS):
-            total += sum(float(self._error(i, held[i], places)) for i in self.layers) / len(self.layers) * len(places)
-        return {"error": total / count}
+            total += len(places) * sum(float(self._error(i, self.held_out[i], places)) for i in self.layers)
+        return {"error": total / count / len(self.layers)}
 
     def _error(self, layer: int, asked: Asked, places: Tensor) -> Tensor:
         """Of one layer at ``places``, relative to what the text adds at all positions that are trained on."""
@@ -202,25 +201,21 @@ class _Task:
         found = behind_slots(block, asked, self.spec.num_kv_heads, self.spec.scales[layer])
         return (found - asked.outputs.float()).square().sum() / len(places) / self._norms[layer]
 
-    def _read(self) -> tuple[dict[int, Asked], dict[int, Asked]]:
-        """For training and held out, by layer; kept in main memory."""
-        if self._asked is None:
-            with torch.no_grad():
-                full = self.model.compact(torch.tensor([self.ids], device=self.model.device), method="full", ratio=1)
-                draw, data = random.Random(self.seed), self.conversations
-                chosen = data.train
-                if len(chosen) > MAX_CONVERSATIONS:
-                    chosen = sorted(draw.sample(chosen, MAX_CONVERSATIONS))
-                trained = record(self.model, self.spec, full, [data[i] for i in chosen], MAX_POSITIONS, draw)
-                held = {}
-                if data.held_out:
-                    talks = [data[i] for i in data.held_out]
-                    held = record(self.model, self.spec, full, talks, HELD_OUT_POSITIONS, draw)
-                for i, asked in trained.items():
-                    difference = (asked.own.float() - asked.outputs.float()).square().sum()
-                    self._norms[i] = float(difference / asked.queries.shape[1])
-            self._asked = trained, held
-        return self._asked
+    @torch.no_grad()
+    def read(self) -> None:
+        """Has the model read text and conversations; what it was asked stays in main memory."""
+        full = self.model.compact(torch.tensor([self.ids], device=self.model.device), method="full", ratio=1)
+        draw, data = random.Random(self.seed), self.conversations
+        chosen = data.train
+        if len(chosen) > MAX_CONVERSATIONS:
+            chosen = sorted(draw.sample(chosen, MAX_CONVERSATIONS))
+        self.trained, self.held_out = (
+            record(self.model, self.spec, full, [data[i] for i in part], limit, draw, progress=self.progress)
+            for part, limit in ((chosen, MAX_POSITIONS), (data.held_out, HELD_OUT_POSITIONS))
+        )
+        for i, asked in self.trained.items():
+            difference = (asked.own.float() - asked.outputs.float()).square().sum()
+            self._norms[i] = float(difference / asked.queries.shape[1])
 
 
 def record(
@@ -230,11 +225,15 @@ def record(
     conversations: Sequence[Conversation],
     limit: int,
     draw: random.Random,
+    *,
+    progress: bool = False,
 ) -> dict[int, Asked]:
     """What the compacted layers are asked by conversations behind the full cache, in main memory.
 
     Positions are those that predict a token of an answer, and ``PROMPT_SHARE`` of the others; ``limit`` of them at most.
     """
+    from tqdm import tqdm
+
     rows = [c.tokens for c in conversations]
     places = [
         (number, place)
@@ -250,6 +249,13 @@ def record(
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     found: dict[int, Asked] = {}
     filled = 0
+    bar = tqdm(
+        total=len(rows),
+        desc="reading conversations",
+        unit="conversation",
+        leave=False,
+        disable=not progress or not rows,
+    )
     for numbers, session in read_behind(model, spec, full, rows, BATCH):
         row = torch.tensor([r for r, number in enumerate(numbers) for _ in wanted[number]], device=model.device)
         place = torch.tensor([p for number in numbers for p in wanted[number]], device=model.device)
@@ -261,6 +267,8 @@ def record(
             for whole, part in zip((asked.queries, asked.outputs, asked.own, asked.own_lse), parts):
                 whole[:, filled : filled + len(place)] = part
         filled += len(place)
+        bar.update(len(numbers))
+    bar.close()
     return found
 
 

@@ -230,6 +230,7 @@ def train(
     progress: bool = False,
     description: str = "training",
     shown: str = "kl",
+    prepare: Callable[[], None] | None = None,
     on_checkpoint: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Trains parameters in place; goes on from the folder's checkpoint when there is one.
@@ -244,6 +245,8 @@ def train(
             checkpoint with another one is refused, and the message names the field.
         evaluate: figures on held-out data; runs without gradients and does not disturb the run's randomness.
         progress: show a bar with loss, the held-out figure ``shown`` and the time that is left.
+        prepare: called once the checkpoint has been found to be of this run, unless it is finished: what the steps need and
+            takes long to get. Ctrl-C stops it at once; its time does not count.
         on_checkpoint: called with the step after each checkpoint.
 
     Returns:
@@ -262,7 +265,7 @@ def train(
     wanted = {"loop": config.identity(), "run": json.loads(json.dumps(dict(identity or {})))}
     optimizer = _optimizer(groups, config)
     devices = sorted({x.device.index or 0 for x in named.values() if x.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), _ctrl_c() as interrupted:
+    with torch.random.fork_rng(devices=devices):
         _seed_everything(stable_number(config.seed, 0, "global"), devices)
         found = load_checkpoint(folder)
         start, last = 0, None
@@ -270,8 +273,12 @@ def train(
             start, last = _restore(found, named, optimizer, wanted, devices, folder), found[0].get("evaluation")
         if start > config.steps:
             raise CheckpointError(f"{folder} holds a run of {start} steps, more than the {config.steps} asked for")
+        if prepare is not None and start < config.steps:
+            with torch.random.fork_rng(devices=devices):
+                prepare()
         run = _Run(named, optimizer, config, folder, wanted, devices, evaluate, on_checkpoint, start, last)
-        return run.go(step_function, start, interrupted, progress, description, shown)
+        with _ctrl_c() as interrupted:
+            return run.go(step_function, start, interrupted, progress, description, shown)
 
 
 class _Run:

@@ -204,9 +204,9 @@ def test_no_more_conversations_are_read_than_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(layer_fit, "MAX_CONVERSATIONS", 5)
     seen, own = [], layer_fit.record
 
-    def spy(model, spec, full, conversations, limit, draw):
+    def spy(model, spec, full, conversations, limit, draw, **options):
         seen.append((len(conversations), limit))
-        return own(model, spec, full, conversations, limit, draw)
+        return own(model, spec, full, conversations, limit, draw, **options)
 
     monkeypatch.setattr(layer_fit, "record", spy)
     fit(model, Cartridge.from_cache(compacted(model, "h2o", slots=8)), tmp_path, 1)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -237,6 +238,34 @@ def test_the_callers_randomness_is_left_alone(tmp_path):
     fit = Fit()
     train(fit, fit.groups(), CONFIG, tmp_path)
     assert torch.equal(torch.randn(3), wanted)
+
+
+def test_what_steps_need_is_got_once_the_checkpoint_is_known_to_fit(tmp_path):
+    """And not at all where there is no step to do; Ctrl-C does not wait for it."""
+    plain, prepared, got = Fit(), Fit(), []
+
+    def get():
+        got.append(float(torch.randn(())))
+
+    train(plain, plain.groups(), CONFIG, tmp_path / "plain")
+    train(prepared, prepared.groups(), replace(CONFIG, max_steps=5), tmp_path / "p", prepare=get)
+    assert len(got) == 1
+    with pytest.raises(CheckpointError):
+        train(prepared, prepared.groups(), replace(CONFIG, lr=0.5), tmp_path / "p", prepare=get)
+    assert len(got) == 1
+
+    def interrupted():
+        got.append(0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        got.append(1.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, prepared.groups(), CONFIG, tmp_path / "p", prepare=interrupted)
+    assert got[-1] == 0.0
+    train(prepared, prepared.groups(), CONFIG, tmp_path / "p", prepare=get)
+    assert len(got) == 3 and torch.equal(plain.state(), prepared.state())
+    assert train(prepared, prepared.groups(), CONFIG, tmp_path / "p", prepare=get).finished and len(got) == 3
 
 
 def test_a_constant_schedule_can_be_prolonged_and_time_ends_a_call(tmp_path):
