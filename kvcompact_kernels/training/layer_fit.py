@@ -40,9 +40,9 @@ class Asked:
     """What a layer's attention was asked and gave, at P positions behind the whole text.
 
     Attributes:
-        queries: ``[H, P, d]``, rotated.
-        outputs: ``[H, P, d]``: attention over the text and the conversation.
-        own, own_lse: ``[H, P, d]`` and fp32 ``[H, P]``: attention over the conversation alone.
+        queries: ``[P, H, d]``, rotated.
+        outputs: ``[P, H, d]``: attention over the text and the conversation.
+        own, own_lse: ``[P, H, d]`` and fp32 ``[P, H]``: attention over the conversation alone.
     """
 
     queries: Tensor
@@ -53,14 +53,14 @@ class Asked:
     def take(self, places: Tensor, device: torch.device) -> "Asked":
         """Those positions, on a device."""
         return Asked(
-            *(x[:, places].to(device, non_blocking=True) for x in (self.queries, self.outputs, self.own, self.own_lse))
+            *(x[places].to(device, non_blocking=True) for x in (self.queries, self.outputs, self.own, self.own_lse))
         )
 
 
 def behind_slots(block: CompactBlock, asked: Asked, kv_heads: int, scale: float) -> Tensor:
-    """Attention over a block of slots and the conversation: ``[H, P, d]``, fp32, differentiable in the slots."""
+    """Attention over a block of slots and the conversation: ``[P, H, d]``, fp32, differentiable in the slots."""
     there, lse = compact_attention(
-        asked.queries[None],
+        asked.queries.transpose(0, 1)[None],
         [block.keys],
         [block.values],
         [block.beta],
@@ -70,8 +70,8 @@ def behind_slots(block: CompactBlock, asked: Asked, kv_heads: int, scale: float)
         causal=False,
         return_lse=True,
     )
-    share = torch.sigmoid(lse[0] - asked.own_lse)[..., None]
-    return share * there[0].float() + (1 - share) * asked.own.float()
+    share = torch.sigmoid(lse[0].T - asked.own_lse)[..., None]
+    return share * there[0].transpose(0, 1).float() + (1 - share) * asked.own.float()
 
 
 def fit_layers(
@@ -181,7 +181,7 @@ class _Task:
         }
 
     def step(self, step: Step) -> StepOutput:
-        count = self.trained[self.layers[0]].queries.shape[1]
+        count = len(self.trained[self.layers[0]].queries)
         places = torch.tensor(step.batch(count, min(POSITIONS, count)))
         errors = [self._error(i, self.trained[i], places) for i in self.layers]
         error = torch.stack(errors).mean()
@@ -189,7 +189,7 @@ class _Task:
         return StepOutput(error, {"worst_layer": worst}, f"positions {places[:8].tolist()}, ...")
 
     def evaluate(self) -> dict[str, float]:
-        count, total = self.held_out[self.layers[0]].queries.shape[1], 0.0
+        count, total = len(self.held_out[self.layers[0]].queries), 0.0
         for places in torch.arange(count).split(POSITIONS):
             total += len(places) * sum(float(self._error(i, self.held_out[i], places)) for i in self.layers)
         return {"error": total / count / len(self.layers)}
@@ -215,7 +215,7 @@ class _Task:
         )
         for i, asked in self.trained.items():
             difference = (asked.own.float() - asked.outputs.float()).square().sum()
-            self._norms[i] = float(difference / asked.queries.shape[1])
+            self._norms[i] = float(difference / len(asked.queries))
 
 
 def record(
@@ -262,10 +262,10 @@ def record(
         for i in kept:
             parts = _attention_of(session, i, spec.scales[i], row.long(), place.long())
             if i not in found:  # one piece of memory for each layer
-                found[i] = Asked(*(x.new_empty(x.shape[0], len(places), *x.shape[2:], device="cpu") for x in parts))
+                found[i] = Asked(*(x.new_empty(len(places), *x.shape[1:], device="cpu") for x in parts))
             asked = found[i]
             for whole, part in zip((asked.queries, asked.outputs, asked.own, asked.own_lse), parts):
-                whole[:, filled : filled + len(place)] = part
+                whole[filled : filled + len(place)] = part
         filled += len(place)
         bar.update(len(numbers))
     bar.close()
@@ -285,10 +285,10 @@ def _attention_of(session: Recorder, layer: int, scale: float, row: Tensor, plac
         return_lse=True,
     )
     return (
-        queries[row, :, place].transpose(0, 1),
-        session.outputs[layer][row, place].transpose(0, 1),
-        own[row, :, place].transpose(0, 1),
-        lse[row, :, place].transpose(0, 1),
+        queries[row, :, place],
+        session.outputs[layer][row, place],
+        own[row, :, place],
+        lse[row, :, place],
     )
 
 

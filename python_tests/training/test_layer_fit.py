@@ -84,13 +84,13 @@ def held_out_error(model, cartridge, talks):
         with frozen(model), torch.no_grad():
             behind = record(model, spec, full, [talks[number]], 10**6, random.Random(0))
         for i, asked in behind.items():
-            kept = asked.queries.shape[1]
+            kept = len(asked.queries)
             got = behind_slots(cartridge.block(i).to(dtype=model.dtype), asked, spec.num_kv_heads, spec.scales[i])
             # answers' places are the last ones, and all of them are recorded
             last = len(talks[number].answer)
-            target = wanted[i][-last:].view(last, -1, got.shape[-1]).transpose(0, 1)
-            off = (got.detach().double()[:, kept - last :] - target).square().sum()
-            nothing = (asked.own.double()[:, kept - last :] - target).square().sum()
+            target = wanted[i][-last:].view(last, -1, got.shape[-1])
+            off = (got.detach().double()[kept - last :] - target).square().sum()
+            nothing = (asked.own.double()[kept - last :] - target).square().sum()
             total = found.setdefault(i, [0.0, 0.0])
             total[0], total[1] = total[0] + float(off), total[1] + float(nothing)
     return {i: off / nothing for i, (off, nothing) in found.items()}
@@ -119,10 +119,10 @@ def test_answers_come_first_and_the_limit_holds():
         few = record(model, spec, full, talks, 17, random.Random(0))[0]
     answers = sum(len(t.answer) for t in talks)
     requests = sum(len(t.prompt) - 1 for t in talks)
-    assert answers < every.queries.shape[1] < answers + 0.6 * requests
-    assert few.queries.shape[1] == few.own_lse.shape[1] == 17
+    assert answers < len(every.queries) < answers + 0.6 * requests
+    assert len(few.queries) == len(few.own_lse) == 17
     # the few are among them
-    same = (few.queries[0][:, None] - every.queries[0][None]).abs().amax(-1) < 1e-5
+    same = (few.queries[:, None, 0] - every.queries[None, :, 0]).abs().amax(-1) < 1e-5
     assert same.any(1).all()
 
 
@@ -214,11 +214,11 @@ def test_no_more_conversations_are_read_than_allowed(tmp_path, monkeypatch):
 
 
 def test_positions_are_taken_together():
-    x = torch.randn(3, 7, 4)
-    asked = Asked(x, x + 1, x + 2, torch.randn(3, 7))
+    x = torch.randn(7, 3, 4)
+    asked = Asked(x, x + 1, x + 2, torch.randn(7, 3))
     some = asked.take(torch.tensor([4, 1]), torch.device("cpu"))
-    assert torch.equal(some.own, asked.own[:, [4, 1]]) and torch.equal(some.own_lse, asked.own_lse[:, [4, 1]])
-    assert torch.equal(some.queries, x[:, [4, 1]]) and torch.equal(some.outputs, x[:, [4, 1]] + 1)
+    assert torch.equal(some.own, asked.own[[4, 1]]) and torch.equal(some.own_lse, asked.own_lse[[4, 1]])
+    assert torch.equal(some.queries, x[[4, 1]]) and torch.equal(some.outputs, x[[4, 1]] + 1)
 
 
 def test_slots_that_stand_for_another_text_are_refused(tmp_path):
