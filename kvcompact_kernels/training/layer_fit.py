@@ -249,26 +249,20 @@ def record(
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]
     found: dict[int, Asked] = {}
     filled = 0
-    bar = tqdm(
-        total=len(rows),
-        desc="reading conversations",
-        unit="conversation",
-        leave=False,
-        disable=not progress or not rows,
-    )
-    for numbers, session in read_behind(model, spec, full, rows, BATCH):
-        row = torch.tensor([r for r, number in enumerate(numbers) for _ in wanted[number]], device=model.device)
-        place = torch.tensor([p for number in numbers for p in wanted[number]], device=model.device)
-        for i in kept:
-            parts = _attention_of(session, i, spec.scales[i], row.long(), place.long())
-            if i not in found:  # one piece of memory for each layer
-                found[i] = Asked(*(x.new_empty(len(places), *x.shape[1:], device="cpu") for x in parts))
-            asked = found[i]
-            for whole, part in zip((asked.queries, asked.outputs, asked.own, asked.own_lse), parts):
-                whole[filled : filled + len(place)] = part
-        filled += len(place)
-        bar.update(len(numbers))
-    bar.close()
+    quiet = not progress or not rows
+    with tqdm(total=len(rows), desc="reading conversations", unit="conversation", leave=False, disable=quiet) as bar:
+        for numbers, session in read_behind(model, spec, full, rows, BATCH):
+            row = torch.tensor([r for r, number in enumerate(numbers) for _ in wanted[number]], device=model.device)
+            place = torch.tensor([p for number in numbers for p in wanted[number]], device=model.device)
+            for i in kept:
+                parts = _attention_of(session, i, spec.scales[i], row.long(), place.long())
+                if i not in found:  # one piece of memory for each layer
+                    found[i] = Asked(*(x.new_empty(len(places), *x.shape[1:], device="cpu") for x in parts))
+                asked = found[i]
+                for whole, part in zip((asked.queries, asked.outputs, asked.own, asked.own_lse), parts):
+                    whole[filled : filled + len(place)] = part
+            filled += len(place)
+            bar.update(len(numbers))
     return found
 
 
