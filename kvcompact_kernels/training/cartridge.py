@@ -534,15 +534,14 @@ def _start(
     model: Any, spec: ModelSpec, ids: list[int], data: Conversations, config: CartridgeConfig, file: Path
 ) -> Cartridge:
     """The untrained cartridge. One that takes the whole text to make is kept in ``file``, so that a run that goes on has it."""
-    cache = None
-    if config.init != FIRST_TOKENS:
+    if config.init == FIRST_TOKENS:
+        cache = _make_start(model, spec, ids, data, config)
+    else:
         made_of = {"start": _digest(data, config)}
         cache = _kept(file, made_of, model)
         if cache is None:
             cache = replace(_make_start(model, spec, ids, data, config), info=made_of)
             cache.save(file)
-    else:
-        cache = _make_start(model, spec, ids, data, config)
     # the digest of the context would have a prompt that begins with it taken for the cached one
     cache = replace(cache, info={"init": config.init, "slots": config.slots})
     return Cartridge.from_cache(cache, sinks=config.sinks, train_beta=config.train_beta)

@@ -52,9 +52,7 @@ class Asked:
 
     def take(self, places: Tensor, device: torch.device) -> "Asked":
         """Those positions, on a device."""
-        return Asked(
-            *(x[places].to(device, non_blocking=True) for x in (self.queries, self.outputs, self.own, self.own_lse))
-        )
+        return Asked(*(x[places].to(device) for x in (self.queries, self.outputs, self.own, self.own_lse)))
 
 
 def behind_slots(block: CompactBlock, asked: Asked, kv_heads: int, scale: float) -> Tensor:
