@@ -430,13 +430,13 @@ class CompactCache:
         return self.layers[0].keys.dtype
 
     def get_seq_length(self, *args: Any) -> int:
-        """What a model that is not patched asks of ``past_key_values`` first.
+        """What a model that is not patched asks of its cache first.
 
         Raises:
             TypeError: always: only a patched model can use the cache.
         """
         raise TypeError(
-            "past_key_values is a CompactCache, which this model cannot use before kvcompact_kernels.patch_model(model)"
+            "the cache is a CompactCache, which this model cannot use before kvcompact_kernels.patch_model(model)"
         )
 
     def __repr__(self) -> str:

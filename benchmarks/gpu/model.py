@@ -16,6 +16,7 @@ from lab import Bench, Goal, Work, relative_error
 from torch import Tensor
 
 from kvcompact_kernels.cache import CompactBlock, CompactCache
+from kvcompact_kernels.patch import cache_argument
 from kvcompact_kernels.testing.memory import requested_bytes
 
 SIZES = {
@@ -90,7 +91,7 @@ def session_of(model, cache: CompactCache, ids: Tensor):
     from kvcompact_kernels.patch.model import _state, new_session
 
     session = new_session(model, _state(model), cache)
-    model(input_ids=ids, past_key_values=session, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, session))
     session.functional = True
     return session
 
@@ -172,7 +173,7 @@ def ordinary(bench: Bench, model, shape: str, tokens: int, batch: int, token: Te
 
     def step() -> Tensor:
         kept = [(layer.keys, layer.values) for layer in cache.layers]
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, use_cache=True, **cache_argument(model, cache)).logits
         for layer, (keys, values) in zip(cache.layers, kept):
             layer.keys, layer.values = keys, values
         return logits
@@ -198,7 +199,7 @@ def check(model, step) -> None:
 
 
 def _step(model, token: Tensor, session) -> Tensor:
-    return model(input_ids=token, past_key_values=session, use_cache=True).logits
+    return model(input_ids=token, use_cache=True, **cache_argument(model, session)).logits
 
 
 def _attention(config, batch: int, keys: int) -> float:

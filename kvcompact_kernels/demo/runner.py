@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ..evaluation.metrics import TokenClock, kl_divergence
 from ..methods.still import packaged_selector
-from ..patch.families import model_spec
+from ..patch.families import cache_argument, model_spec
 from ..prompt import PromptFormat, document_ids, prompt_format, question_ids
 from .document import Document, Needle
 
@@ -117,7 +118,7 @@ class Demo:
         """The reference: the unpatched model with transformers' own cache answers, and its distributions are kept."""
         start = time.perf_counter()
         with torch.no_grad():
-            past = self.model(self.ids, use_cache=True, logits_to_keep=1).past_key_values
+            past = self._read(self.ids)
         self.read_seconds = time.perf_counter() - start
         answers = []
         for question, needle in zip(self.questions, self.document.needles):
@@ -128,6 +129,12 @@ class Demo:
             answers.append(self._answer(needle, self.answer_ids[-1]))
         self.text_logs = self._logs(self.continuation, past)
         return answers
+
+    def _read(self, ids: Tensor) -> DynamicCache:
+        """Transformers' own cache of ``ids``."""
+        past = DynamicCache(config=self.model.config)
+        self.model(ids, use_cache=True, logits_to_keep=1, **cache_argument(self.model, past))
+        return past
 
     def _is_trained(self, name: str) -> bool:
         """False for a method that learns and is here as initialised."""
@@ -166,7 +173,7 @@ class Demo:
             row.error = "the prompt format has no text before the document"
             return row
         with torch.no_grad():
-            past = self.model(opening, use_cache=True).past_key_values
+            past = self._read(opening)
         row.kl_answers, row.kl_text = self._divergences(lambda: copy.deepcopy(past))
         self._ask(row, lambda: copy.deepcopy(past), prefix=opening)
         return row
@@ -200,18 +207,18 @@ class Demo:
     def _logs(self, ids: Tensor, past: Any) -> Tensor:
         """Log-probabilities of every token of ``ids`` but the first: fp32 ``[len - 1, vocabulary]``."""
         with torch.no_grad():
-            logits = self.model(ids, past_key_values=past, use_cache=True).logits
+            logits = self.model(ids, use_cache=True, **cache_argument(self.model, past)).logits
         return logits[0, :-1].float().log_softmax(-1)
 
     def _generate(self, ids: Tensor, past: Any, clock: TokenClock | None = None) -> Tensor:
         return self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=past,
             max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
             streamer=clock,
             pad_token_id=next(iter(self.stop), 0),
+            **cache_argument(self.model, past),
         )
 
     def _answer(self, needle: Needle, ids: Tensor) -> Answer:

@@ -23,11 +23,13 @@ def next_token_logs(model: Any, ids: Tensor, past: Any, first: int = 1) -> Tenso
     Args:
         first: first position that is predicted; 0 is not possible, for a cache does not hold its last token's logits.
     """
+    from ..patch import cache_argument
+
     if not 1 <= first < ids.shape[1]:
         raise ValueError(f"first must be in [1, {ids.shape[1] - 1}], got {first}")
     with torch.no_grad():
-        options = {} if past is None else {"past_key_values": past, "use_cache": True}
-        logits = model(ids, logits_to_keep=ids.shape[1] - first + 1, **options).logits
+        options = {} if past is None else {"use_cache": True}
+        logits = model(ids, logits_to_keep=ids.shape[1] - first + 1, **options, **cache_argument(model, past)).logits
     return logits[0, :-1].float().log_softmax(-1)
 
 
@@ -89,8 +91,9 @@ def stop_ids(model: Any) -> set[int]:
 
 def generate(model: Any, ids: Tensor, past: Any, max_new_tokens: int) -> Generated:
     """The greedy continuation of ``ids`` behind a cache; an end token stays part of it."""
+    from ..patch import cache_argument
+
     clock = TokenClock()
-    options = {} if past is None else {"past_key_values": past}
     start = time.perf_counter()
     out = model.generate(
         ids,
@@ -99,7 +102,7 @@ def generate(model: Any, ids: Tensor, past: Any, max_new_tokens: int) -> Generat
         do_sample=False,
         streamer=clock,
         pad_token_id=min(stop_ids(model), default=0),
-        **options,
+        **cache_argument(model, past),
     )
     gaps = clock.gaps()
     first = clock.times[1] if len(clock.times) > 1 else time.perf_counter()

@@ -20,7 +20,7 @@ from ..cache import CompactBlock, CompactCache, WindowBlock
 from ..methods import LayerInput, Method
 from ..methods.base import checked_block, finished_blocks, layer_budgets
 from ..model_spec import ModelSpec, UnsupportedModelError
-from .families import decoder, read_ropes
+from .families import read_ropes, read_tokens
 from .session import CompactSession
 
 DEFAULT_RATIO = 8.0
@@ -270,12 +270,12 @@ def run_compaction(
         # in the model's own dtype: autocast would give keys and values different ones
         with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
             if twice:
-                _read(model, session, ids, mask)
+                read_tokens(model, ids, session, attention_mask=mask)
                 ropes = read_ropes(model)
                 windows = _windows(session, spec)
                 compactor.context = tokens
             compactor.limit = 0
-            _read(model, session, ids, mask)
+            read_tokens(model, ids, session, attention_mask=mask)
             if not twice:
                 ropes = read_ropes(model)
                 windows = _windows(session, spec)
@@ -301,11 +301,6 @@ def run_compaction(
         method.name,
         info,
     )
-
-
-def _read(model: PreTrainedModel, session: CompactSession, ids: Tensor, mask: Tensor | None) -> None:
-    """One forward pass of the decoder stack, without the vocabulary projection."""
-    decoder(model)(input_ids=ids, attention_mask=mask, past_key_values=session, use_cache=True)
 
 
 def _windows(session: CompactSession, spec: ModelSpec) -> dict[int, WindowBlock]:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supported model families, and what is read from a live model: sizes, layer kinds, rotary embeddings, fingerprint."""
 
+import functools
 import hashlib
+import inspect
 from typing import Any
 
 import torch
@@ -48,6 +50,28 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     """The decoder stack inside a model with a head, or the model itself."""
     # not model.base_model: Gemma 3's prefix does not name it in transformers 4
     return model if hasattr(model, "layers") else getattr(model, "model", model)
+
+
+@functools.cache
+def forward_names(kind: type) -> tuple[str, ...]:
+    """Names of the arguments of a module class's forward pass, in their order."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward pass calls its cache, and its output's field: "past_key_values", since transformers 5.24 "cache"."""
+    return "cache" if "cache" in forward_names(type(model)) else "past_key_values"
+
+
+def cache_argument(model: nn.Module, past: Any) -> dict[str, Any]:
+    """``past`` as keyword argument of the model's forward pass or ``generate``; nothing if it is None."""
+    return {} if past is None else {cache_name(model): past}
+
+
+def read_tokens(model: PreTrainedModel, ids: torch.Tensor, past: Any, use_cache: bool = True, **options: Any) -> Any:
+    """One forward pass of the decoder stack, without the vocabulary projection, over ``ids`` behind a cache or None."""
+    base = decoder(model)
+    return base(input_ids=ids, use_cache=use_cache, **cache_argument(base, past), **options)
 
 
 def model_spec(model: PreTrainedModel) -> ModelSpec:

@@ -3,7 +3,6 @@
 
 import copy
 import functools
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +17,15 @@ from ..cache import CompactCache
 from ..methods import Method, get_method
 from . import attention, compaction
 from .attention import Route
-from .families import check_fingerprint, decoder, model_spec
+from .families import cache_argument, cache_name, check_fingerprint, decoder, forward_names, model_spec
 from .session import CompactSession
 
 _STATE = "_kvcompact"
-# before, candidates were rolled back by counting the ids given, and those are not the tokens of the cache
-_OLD_ASSISTANTS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 16)
+# before 5.16, candidates were rolled back by counting the ids given, and those are not the tokens of the cache
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_OLD_ASSISTANTS = _VERSION < (5, 16)
+# whether checkpointed layers lose their cache without gradients, too
+_CHECKPOINTS_ALWAYS = _VERSION < (5, 24)
 
 
 @dataclass
@@ -57,8 +59,9 @@ def patch_model(
     """Teaches one model instance to compact its KV cache; other instances, and the class, stay as they are.
 
     The model gains ``model.compact(input_ids, ...)``, and its forward pass and ``generate`` accept the
-    :class:`CompactCache` that it returns as ``past_key_values``. Without such a cache the model computes what it did
-    before, bit for bit. Patching a patched model replaces its method and options.
+    :class:`CompactCache` that it returns as ``past_key_values`` or ``cache``, which are two names of one argument (the
+    second is transformers' since 5.24; both are taken with every version). Without such a cache the model computes what it
+    did before, bit for bit. Patching a patched model replaces its method and options.
 
     With ``compact_over`` an ordinary ``generate(prompt)`` compacts by itself: once after prefill when the prompt has more
     tokens, and again whenever more than that many tokens have gathered behind the slots (those become further slots). The
@@ -257,18 +260,26 @@ def new_session(model: PreTrainedModel, state: PatchState, cache: CompactCache |
     return CompactSession(spec, cache, compactor)
 
 
-@functools.cache
-def _forward_names(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _given_cache(arguments: dict[str, Any]) -> Any:
+    """Takes the cache out of keyword arguments: ``cache`` and ``past_key_values`` are one thing, whatever transformers' version.
+
+    Raises:
+        ValueError: both are given.
+    """
+    cache, past_key_values = (arguments.pop(name, None) for name in ("cache", "past_key_values"))
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def _before(state: PatchState, base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-hook of the decoder stack: makes the session, and the mask and positions that belong to it."""
-    kwargs = {**dict(zip(_forward_names(type(base)), args)), **kwargs}
+    kwargs = {**dict(zip(forward_names(type(base)), args)), **kwargs}
     _follow_implementation(state, base.config)
-    past = kwargs.get("past_key_values")
+    past = _given_cache(kwargs)
     if isinstance(past, CompactCache):
-        past = kwargs["past_key_values"] = new_session(base, state, past)
+        past = new_session(base, state, past)
+    kwargs.update(cache_argument(base, past))
     route = kwargs["kvcompact"] = Route(state.previous, state.backend)
     state.in_session = isinstance(past, CompactSession)
     if not isinstance(past, CompactSession):
@@ -288,7 +299,8 @@ def _before(state: PatchState, base: nn.Module, args: tuple, kwargs: dict[str, A
     if new == 0:
         raise ValueError("there are no new tokens: a compact cache does not hold the logits of its last token")
     route.session = past
-    route.detached = base.training and bool(getattr(base.layers[0], "gradient_checkpointing", False))
+    checkpointed = base.training and bool(getattr(base.layers[0], "gradient_checkpointing", False))
+    route.detached = checkpointed and (_CHECKPOINTS_ALWAYS or torch.is_grad_enabled())
     kwargs["attention_mask"] = past.begin(
         kwargs.get("attention_mask"), batch, new, tokens.device, store=not (route.detached or past.functional)
     )
@@ -322,6 +334,9 @@ def _read_in_chunks(base: nn.Module, session: CompactSession, kwargs: dict[str, 
 
 def _after(base: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
     attention.end_pass()
+    past = kwargs.get(cache_name(base))
+    if isinstance(past, CompactSession):
+        past.end()
 
 
 def _before_head(state: PatchState, head: nn.Module, args: tuple) -> tuple:
@@ -361,7 +376,6 @@ def _generate(
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *args: Any,
-    past_key_values: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -370,14 +384,15 @@ def _generate(
     Args:
         inputs: the new tokens ``[B, q]``; or the full prompt, recognised by a context whose ids are those that were
             compacted. What follows the compact cache may be left-padded (``attention_mask [B, q]``).
-        past_key_values: a ``CompactCache`` (never changed; with batch size 1 it serves any number of questions), or the
-            ``CompactSession`` of an earlier call, continued; or anything that transformers takes.
+        past_key_values: (or ``cache``, its name since transformers 5.24; both are taken) a ``CompactCache`` (never changed;
+            with batch size 1 it serves any number of questions), or the ``CompactSession`` of an earlier call, continued;
+            or anything that transformers takes.
         **kwargs: transformers' generate arguments.
     """
     state = _state(self)
     original = state.replaced.get("generate") or functools.partial(type(self).generate, self)
     ids = inputs if inputs is not None else kwargs.get("input_ids")
-    session = past_key_values
+    given = session = _given_cache(kwargs)
     if not isinstance(session, (CompactCache, Cache, tuple, type(None))):
         raise TypeError(
             f"past_key_values must be a CompactCache or a cache of transformers, got {type(session).__name__}"
@@ -388,10 +403,10 @@ def _generate(
     elif session is None and state.compact_over is not None and not _forbids_session(kwargs):
         session = new_session(self, state)
     if not isinstance(session, CompactSession):
-        if past_key_values is not None:
-            kwargs["past_key_values"] = past_key_values
         with attention.masks_of(state.previous):
-            return original(inputs, generation_config, *args, attention_mask=attention_mask, **kwargs)
+            return original(
+                inputs, generation_config, *args, attention_mask=attention_mask, **cache_argument(self, given), **kwargs
+            )
     embeds = kwargs.get("inputs_embeds")
     source = ids if embeds is None else embeds
     if not isinstance(source, Tensor) or source.ndim != (2 if embeds is None else 3):
@@ -404,7 +419,7 @@ def _generate(
     batch, past = source.shape[0], session.get_seq_length()
     session.check_batch(batch)
     new = source.shape[1]
-    full = embeds is None and _is_full_prompt(past_key_values, ids, attention_mask, past)
+    full = embeds is None and _is_full_prompt(given, ids, attention_mask, past)
     if full:
         new -= past
     if new < 1:
@@ -439,7 +454,9 @@ def _generate(
         c.prefill_chunk_size = None
     try:
         with attention.masks_of("sdpa"):
-            return original(inputs, generation_config, *args, attention_mask=mask, past_key_values=session, **kwargs)
+            return original(
+                inputs, generation_config, *args, attention_mask=mask, **cache_argument(self, session), **kwargs
+            )
     finally:
         session.chunk_size = None
         for c, old in zip(configs, sizes):

@@ -233,8 +233,8 @@ class CompactSession(Cache):
     """A transformers ``Cache`` made from a :class:`CompactCache`; what a patched model's forward pass works on.
 
     ``generate`` makes one per call, so that the CompactCache never changes; the session comes back as
-    ``generate(..., return_dict_in_generate=True).past_key_values`` and can be passed to the next call together with the
-    ids that it has not seen (the last generated token among them).
+    ``generate(..., return_dict_in_generate=True).past_key_values`` (``.cache`` since transformers 5.24) and can be passed to
+    the next call together with the ids that it has not seen (the last generated token among them).
 
     Attributes:
         lengths: None, or int64 ``[B]``: context tokens of each row, without padding.
@@ -243,6 +243,7 @@ class CompactSession(Cache):
         chunk_size: None, or the most new tokens that one forward pass reads; longer inputs are read in several, and the
             outputs are the last one's.
         functional: a forward pass stores nothing: many passes, or a recomputed one, see the same cache.
+        reading: a patched model's forward pass has begun: its attention sees the slots.
     """
 
     def __init__(self, spec: ModelSpec, cache: CompactCache | None = None, compactor: Compactor | None = None):
@@ -261,6 +262,7 @@ class CompactSession(Cache):
         self.initial_lengths = self.lengths
         self.tail_mask: Tensor | None = None
         self.functional = False
+        self.reading = False
         self.chunk_size: int | None = None
         self.compactor = compactor
         self._full = [layer for layer in layers if not layer.is_sliding]
@@ -309,6 +311,7 @@ class CompactSession(Cache):
             None when nothing is padded, else the mask of all logical positions, int64 ``[B, T + tail + new]``.
         """
         self.check_batch(batch)
+        self.reading = True
         self._realign_windows()
         mask = self._tail_mask(attention_mask, batch, new, device)
         if store:
@@ -327,6 +330,10 @@ class CompactSession(Cache):
             if layer.is_sliding:
                 layer.slack = int((~mask).sum(1).max())
         return whole.long()
+
+    def end(self) -> None:
+        """The forward pass is over, or has failed."""
+        self.reading = False
 
     def generation_mask(self, attention_mask: Tensor | None, batch: int, new: int, device: torch.device) -> Tensor:
         """What transformers' ``generate`` counts positions from: int64 ``[B, T + tail + new]``, nothing left out."""
@@ -401,6 +408,11 @@ class CompactSession(Cache):
         self._unaligned = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        if not self.reading:
+            raise TypeError(
+                "the cache is a CompactSession, whose slots this model would not see: it is not, or no longer, patched "
+                "(kvcompact_kernels.patch_model)"
+            )
         layer = self.layers[layer_idx]
         return layer.join(key_states, value_states) if self.functional else layer.update(key_states, value_states)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model_spec import ModelSpec
-from ..patch.families import decoder
+from ..patch.families import read_tokens
 from ..patch.session import CompactSession
 
 
@@ -50,7 +50,7 @@ def read_behind(
         numbers = order[first : first + batch]
         padded = torch.nn.utils.rnn.pad_sequence([rows[i] for i in numbers], batch_first=True).to(model.device)
         session = Recorder(spec, past)
-        decoder(model)(input_ids=padded, past_key_values=session, use_cache=True)
+        read_tokens(model, padded, session)
         yield numbers, session
 
 

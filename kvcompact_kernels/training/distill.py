@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_int, check_tensor
-from ..patch.families import decoder
+from ..patch.families import read_tokens
 
 RESTS = ("lump", "renormalise")
 
@@ -75,7 +75,7 @@ def hidden_states(model: nn.Module, ids: Tensor, past: Any, rows: Tensor) -> Ten
     check_tensor("rows", rows, shape=tuple(ids.shape), dtypes=(torch.bool,))
     if bool(rows[:, 0].any()):
         raise ValueError("rows must be False in its first column: the token before it is in the cache")
-    out = decoder(model)(input_ids=ids, past_key_values=past, use_cache=False).last_hidden_state
+    out = read_tokens(model, ids, past, use_cache=False).last_hidden_state
     return out[:, :-1][rows[:, 1:]]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..evaluation.metrics import stop_ids
+from ..patch.families import cache_argument
 from .distill import Targets, likeliest_tokens
 
 TOP_P = 0.95
@@ -67,7 +68,7 @@ def generate(
         top_p=None,
         top_k=None,
         logits_processor=LogitsProcessorList([chooser]),
-        **({} if past is None else {"past_key_values": past}),
+        **cache_argument(model, past),
     )
     kept = [torch.stack(x, 1) for x in zip(*((step.ids, step.logs) for step in chooser.kept))]  # [B, steps, top_k + 1]
     written = []

@@ -26,7 +26,7 @@ from ..methods import LayerInput, Method, get_method
 from ..methods.attention_matching import own_attention
 from ..model_spec import ModelSpec
 from ..patch.compaction import check_compactable
-from ..patch.families import decoder, model_spec
+from ..patch.families import model_spec, read_tokens
 from ..patch.model import compact
 from ..token_selector import MAX_QUERIES, SelectorConfig, TokenSelector, token_features
 from .attention import Recorder, received_attention
@@ -386,7 +386,7 @@ class _Reader:
         """What :func:`received_attention` says of all compacted layers, twice ``[tails, L, Hkv, T]``."""
         ids, _, _ = collate(tails, self.device)
         session = Recorder(self.spec, past)
-        decoder(self.model)(input_ids=ids, past_key_values=session, use_cache=True)
+        read_tokens(self.model, ids, session)
         full = [i for i, kind in enumerate(self.spec.layer_kinds) if kind == "full"]
         parts = [
             received_attention(

@@ -44,6 +44,41 @@ def test_questions_leave_the_cache_as_it_is(model):
     assert all(torch.equal(a, b) for a, b in zip(snapshot(cache), before))
 
 
+def test_the_cache_is_one_argument_of_two_names(model):
+    """transformers renamed past_key_values to cache in 5.24; either is taken by every version."""
+    cache, question = model.compact(tiny_ids(1, CONTEXT)), tiny_ids(1, QUESTION, 2)
+    wanted = model(question, past_key_values=cache).logits
+    assert not torch.allclose(wanted, model(question).logits)
+    assert torch.equal(model(question, cache=cache).logits, wanted)
+    text = model.generate(question, past_key_values=cache, **GREEDY)
+    assert torch.equal(model.generate(question, cache=cache, **GREEDY), text)
+    plain = model.generate(question, **GREEDY)
+    for name in ("past_key_values", "cache"):
+        own = transformers.DynamicCache(config=model.config)
+        assert torch.equal(model.generate(question, **{name: own}, **GREEDY), plain)
+        assert own.get_seq_length() == QUESTION + NEW - 1
+        assert torch.equal(model.generate(question, **{name: None}, **GREEDY), plain)
+    for use in (model, model.generate):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            use(question, past_key_values=cache, cache=cache)
+
+
+def test_a_session_is_of_no_use_to_a_model_that_is_not_patched(model):
+    """Its slots would go unseen, and the answer would be another one without a word."""
+    session = CompactSession(kc.patch.model_spec(model), model.compact(tiny_ids(1, CONTEXT)))
+    question = tiny_ids(1, QUESTION, 2)
+    wanted = model(question, past_key_values=session).logits
+    session.reset()
+    with pytest.raises(ValueError, match="no new tokens"):
+        model(question[:, :0], past_key_values=session)
+    kc.unpatch_model(model)
+    with pytest.raises(TypeError, match="CompactSession, whose slots this model would not see"):
+        model(question, past_key_values=session)
+    kc.patch_model(model)
+    session.reset()
+    assert torch.equal(model(question, past_key_values=session).logits, wanted)
+
+
 def test_one_context_with_many_left_padded_questions(model):
     cache = model.compact(tiny_ids(1, CONTEXT))
     ids, mask = padded_question()
@@ -336,6 +371,14 @@ def test_gradient_checkpointing_and_functional_sessions(family):
     out.loss.backward()
     for x, y in zip(leaves(cache), wanted):
         torch.testing.assert_close(x.grad, y, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():  # since transformers 5.24 layers keep their cache here
+        first = CompactSession(kc.patch.model_spec(model), cache)
+        for tokens in (question[:, :2], question[:, 2:]):
+            logits = model(tokens, past_key_values=first).logits
+        if first.get_seq_length() > CONTEXT:
+            torch.testing.assert_close(logits, out.logits[:, 2:])
+        else:  # before, nothing is stored
+            assert torch.equal(logits, model(question[:, 2:], past_key_values=cache).logits)
     model.gradient_checkpointing_disable()
     model.eval()
     session = CompactSession(kc.patch.model_spec(model), cache)
