@@ -21,6 +21,7 @@ from torch import Tensor
 from .._checks import check_choice, check_int
 from ..cache import CompactCache
 from ..evaluation.specs import parse_spec
+from ..head_shares import HeadShares
 from ..methods import Method, get_method
 from ..methods.cartridge import Cartridge
 from ..model_spec import ModelSpec
@@ -49,8 +50,9 @@ class CartridgeConfig:
         init: method whose slots training starts from, with its options as in ``attention_matching:queries=repeat``.
             "cartridge": the text's first tokens, of which nothing else is read. "self_study": the tokens that the answers of
             the conversations look at (:func:`.study_start.study_start`); "self_study:weights=F" leaves the choice to the
-            selector of that file. "cartridge:file=F": the slots of a file, to train them further. All but the first read the
-            whole text, which must fit into the model's positions and, once, into memory.
+            selector of that file, whose shares of the slots its KV heads get; "self_study:shares=F" takes the shares of a
+            file of ``train_shares``. "cartridge:file=F": the slots of a file, to train them further. All but the first read
+            the whole text, which must fit into the model's positions and, once, into memory.
         sinks: leading slots that stay as they are (the attention sink).
         train_beta: also train a bias per slot.
         tokens: of requests and answers in one batch; conversations of similar length share one, and the padding counts.
@@ -102,17 +104,30 @@ class CartridgeConfig:
         name, options = parse_spec(self.init)
         if name != SELF_STUDY:
             return get_method(name, **options)
-        self.selector()
+        self.study_options()
         return None
 
-    def selector(self, spec: ModelSpec | None = None) -> TokenSelector | None:
-        """The one that "self_study:weights=F" names; ValueError if it is damaged, or for another model."""
+    def study_options(self, spec: ModelSpec | None = None) -> dict[str, Any]:
+        """What "self_study:weights=F:shares=F" gives :func:`.study_start.study_start` beside the text.
+
+        Raises:
+            ValueError: another option, or a file that is damaged or for another model.
+            FileNotFoundError: there is none.
+        """
         name, options = parse_spec(self.init)
-        if name != SELF_STUDY or not options:
-            return None
-        if options.keys() != {"weights"}:
-            raise ValueError(f"init {SELF_STUDY!r} has one option, weights; got {', '.join(options)}")
-        return TokenSelector.load(str(options["weights"]), spec)
+        if name != SELF_STUDY:
+            return {}
+        if not options.keys() <= {"weights", "shares"}:
+            raise ValueError(f"init {SELF_STUDY!r} has the options weights and shares; got {', '.join(options)}")
+        made: dict[str, Any] = {}
+        if "weights" in options:
+            made["selector"] = TokenSelector.load(str(options["weights"]), spec)
+        if "shares" in options:
+            given = HeadShares.load(str(options["shares"]))
+            if spec is not None:
+                given.check_model(spec, f"shares {options['shares']}")
+            made["shares"] = given.shares
+        return made
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,7 @@ def train_cartridge(
     config, study, loop = config or CartridgeConfig(), study or SelfStudyConfig(), loop or default_loop()
     spec = model_spec(model)
     check_compactable(spec)
-    config.selector(spec)
+    config.study_options(spec)
     out = Path(out)
     single = isinstance(documents, str) or len(documents) == 1
     texts = {"document": documents} if isinstance(documents, str) else dict(documents)
@@ -553,7 +568,7 @@ def _make_start(
     method, device = config.method(), model.device
     if method is None:
         talks, sinks = [data[i] for i in data.train], max(4, config.sinks)
-        return study_start(model, spec, ids, talks, config.slots, sinks, config.selector(spec))
+        return study_start(model, spec, ids, talks, config.slots, sinks, **config.study_options(spec))
     if config.init == FIRST_TOKENS:  # later tokens do not change earlier ones, so they are not read
         return model.compact(torch.tensor([ids[: config.slots]], device=device), method="full", ratio=1)
     return model.compact(torch.tensor([ids], device=device), method=method, slots=config.slots)

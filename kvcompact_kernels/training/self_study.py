@@ -29,7 +29,7 @@ from .generation import generate
 from .loop import stable_number
 
 FORMAT = "kvcompact-self-study"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 NOTE = "conversations.json"
 
 # what the model is asked to write about a passage, and the words that its request begins with: put into its mouth, for
@@ -45,7 +45,19 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "question": (
         "Write one short question that this passage answers.",
-        ("What", "What is", "Which", "Who", "When", "Where", "How many", "In what year", "How", "Why"),
+        (
+            *("What", "What is", "Which", "Who", "When", "Where", "How many", "In what year", "How", "Why"),
+            *(
+                "In which",
+                "By which",
+                "Of which",
+                "From what",
+                "What percentage",
+                "How much",
+                "Since when",
+                "With whom",
+            ),
+        ),
     ),
     "use_case": (
         "Somebody needs this for a piece of work. Write their message: what they do, and what they need to know.",
@@ -63,7 +75,23 @@ _RECALL = 'Continue this passage of the text: "{}"'
 _GAP = 'Which words of the text are missing here? "{}"'
 _MARK = "____"
 _AROUND = 8  # words on either side of a gap that are shown, where it is not the whole passage
-_SHORT = " Answer in a few words."
+# how a short answer is asked for, by the words that the question begins with; "": whatever it asks. Several, for slots that
+# have met one wording answer worse to the others
+_SHORT = {
+    "": (
+        *("Answer in a few words.", "Answer briefly.", "Give only the answer.", "Answer with a name or a word only."),
+        *("Reply with the answer alone, no sentence.", "Keep the answer as short as possible."),
+    ),
+    "Who": ("Give only the name.", "Answer with just the name."),
+    "With whom": ("Give only the name.", "Answer with just the name."),
+    "Where": ("Answer with just the place.", "Only name the place."),
+    "When": ("Answer with just the date.", "Give only the year."),
+    "Since when": ("Answer with just the date.", "Give only the year."),
+    "In what year": ("Give only the year.", "Answer with just the year."),
+    "How many": ("Answer with just the number.", "Give only the number."),
+    "How much": ("Answer with just the number.", "Give only the amount."),
+    "What percentage": ("Answer with just the number.", "Give only the percentage."),
+}
 # what gaps are made of: numbers, and names; a capital that begins a sentence makes none
 _SPAN = re.compile(
     r"\d[\d.,:/]*\d%?|\d%?|(?<!^)(?<![.!?=]\s)(?<![\w'’-])[A-Z][\w'’-]*(?:\s+(?:(?:of|the|de)\s+)*[A-Z][\w'’-]*)*"
@@ -201,7 +229,7 @@ class Conversations(Sequence):
             for kind, prompt, answer, text in zip(*(header[n] for n in ("kinds", "prompts", "answers", "requests"))):
                 self._places.append((unit, prompt_start, prompt, answer_start, answer))
                 self._kinds.append(kind)
-                asked = " ".join(text.removesuffix(_SHORT).lower().split())
+                asked = " ".join(_without_wording(text).lower().split())
                 requests.append(hashlib.sha256(asked.encode()).digest()[:8])
                 prompt_start, answer_start = prompt_start + prompt, answer_start + answer
         self.lengths = [prompt + answer for _, _, prompt, _, answer in self._places]
@@ -488,7 +516,7 @@ class _Writer:
             text = tidy_request(opening + self.tokenizer.decode(one.ids, skip_special_tokens=True), kind)
             short = kind == "question" and draw.random() < self.config.short_answers
             if text and not _POINTS_BACK.search(text):
-                text += _SHORT if short else ""
+                text += f" {_short_wording(draw, opening)}" if short else ""
                 rows.append((kind, text, question_ids(self.tokenizer, self.form, text)))
         return rows
 
@@ -501,6 +529,18 @@ class _Writer:
         all_targets = teacher_targets(self.model, hidden, ids[places], self.config.top_k)
         counts = [len(answer) for _, answer in rows]
         return [Targets(*pair) for pair in zip(all_targets.ids.split(counts), all_targets.logs.split(counts))]
+
+
+def _short_wording(draw: random.Random, opening: str) -> str:
+    """How a question that begins with ``opening`` asks for few words: as any question may, or as its kind does."""
+    own = _SHORT.get(opening, ()) if opening else ()
+    return draw.choice(own if own and draw.random() < 0.5 else _SHORT[""])
+
+
+def _without_wording(request: str) -> str:
+    for wording in (w for wordings in _SHORT.values() for w in wordings):
+        request = request.removesuffix(f" {wording}")
+    return request
 
 
 def tidy_request(text: str, kind: str) -> str:

@@ -45,6 +45,7 @@ def study_start(
     slots: int,
     sinks: int = 4,
     selector: TokenSelector | None = None,
+    shares: Sequence[Sequence[float]] | None = None,
 ) -> CompactCache:
     """Slots for the tokens that answers look at.
 
@@ -57,10 +58,11 @@ def study_start(
         ids: the text; the model must have as many positions.
         conversations: on it, at least one; passages to continue, or with gaps, count only where there is nothing else.
             With a selector ``FIT_CONVERSATIONS`` of them, drawn once and for all.
-        slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; the mean, with a selector whose config
-            has ``shares``.
+        slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; with ``shares`` the mean of them.
         sinks: first tokens that are kept in any case.
         selector: chooses the tokens.
+        shares: ``[compacted layers][KV heads]``: how the slots are shared, as ``HeadShares`` holds it; None takes those of
+            the selector, if it has any, or else the same number for all.
     """
     # a passage that is continued looks at all of its tokens alike, and ranks none before another; gaps have not been tried
     conversations = [c for c in conversations if c.kind not in (RECALL, GAP)] or list(conversations)
@@ -94,7 +96,9 @@ def study_start(
     if selector is not None:
         scores = dict(zip(kept, reader.scores))
     first = min(sinks, slots - 1)
-    counts = _slot_counts(None if selector is None else selector.config.shares, spec, slots, first + 1, len(ids))
+    if shares is None and selector is not None:
+        shares = selector.config.shares
+    counts = _slot_counts(shares, spec, slots, first + 1, len(ids))
     layers = list(full.layers)
     for number, i in enumerate(kept):
         block = full.layers[i]

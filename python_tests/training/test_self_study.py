@@ -207,9 +207,24 @@ def test_no_held_out_request_is_trained(model, tokenizer, tmp_path, monkeypatch)
     requests = []
     for unit in range(config.units):
         requests += self_study._unit_header(data.folder, unit)["requests"]
-    bare = [request.removesuffix(self_study._SHORT) for request in requests]
+    assert len({request.partition("? ")[2] for request in requests}) > 3  # the same question in several wordings
+    bare = [request[: request.index("?") + 1] for request in requests]
     assert len(data.held_out) == 5 and data.train
     assert not {bare[i] for i in data.held_out} & {bare[i] for i in data.train}
+
+
+def test_short_answers_are_asked_for_in_many_wordings(model, tokenizer, tmp_path):
+    config = SelfStudyConfig(48, 60, ("question",), batch=12, request_tokens=3, answer_tokens=2, short_answers=1.0)
+    data = prepare_conversations(model, tokenizer, TEXT, config, tmp_path)
+    requests = [r for unit in range(config.units) for r in self_study._unit_header(data.folder, unit)["requests"]]
+    known = {w for wordings in self_study._SHORT.values() for w in wordings}
+    endings = [max((w for w in known if request.endswith(f" {w}")), key=len) for request in requests]  # each has one
+    assert len(set(endings)) >= 8
+    for request, ending in zip(requests, endings):
+        bare = self_study._without_wording(request)
+        assert bare == request.removesuffix(f" {ending}") != request
+        kinds = [k for k, wordings in self_study._SHORT.items() if ending in wordings]
+        assert any(bare.startswith(kind) for kind in kinds), (request, kinds)
 
 
 def test_the_writer_may_see_the_chunk(model, tokenizer, tmp_path):

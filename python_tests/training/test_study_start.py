@@ -190,13 +190,21 @@ def test_with_a_selector_some_of_many_conversations_are_read(monkeypatch):
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(kept.layers, started(model, talks, 9).layers))
 
 
+@pytest.mark.parametrize("of", ["the selector", "a file, beside a selector", "a file"])
 @torch.no_grad()
-def test_a_selectors_shares_hold_for_the_slots():
+def test_shares_hold_for_the_slots(of):
     model = tiny_model("llama", torch.float32, max_position_embeddings=128)
     spec = model_spec(model)
 
     def chosen(slots, shares=None):
-        return started(model, TALKS, slots, sinks=2, selector=new_selector(spec, shares=shares))
+        if of == "the selector":
+            options = {"selector": new_selector(spec, shares=shares)}
+        elif of == "a file":
+            options = {"shares": shares}
+        else:  # whose own shares do not count then
+            own = ((5.0, 1.0),) * spec.num_layers
+            options = {"selector": new_selector(spec, shares=shares and own), "shares": shares}
+        return started(model, TALKS, slots, sinks=2, **options)
 
     shares = tuple((1.0 + number, 3.0) for number in range(spec.num_layers))
     cache = chosen(9, shares)

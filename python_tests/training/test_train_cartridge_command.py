@@ -8,6 +8,7 @@ from tiny_folder import save_tiny_folder
 
 from kvcompact_kernels import CompactCache
 from kvcompact_kernels.cli import main
+from kvcompact_kernels.head_shares import HeadShares
 
 TEXT = "The lantern is green. The bell rings at noon. Nobody knows why. Seven ships left. " * 3
 OTHER = "A baker sold bread to the king. He was paid in salt and in wool. The king was tall. " * 3
@@ -32,6 +33,8 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
     assert entry["file_bytes"] == out.stat().st_size
     assert main(["ask", str(out), "Which colour?", "--max-new-tokens", "3", "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["method"] == "cartridge"
+    others = tmp_path / "others.json"
+    HeadShares(((1.0, 2.0),), {"family": "qwen2"}).save(others)
     assert main([*command, "--lr", "0.5"]) == 1
     assert "loop.lr was 0.02, now 0.5" in capsys.readouterr().err
     for extra, code, words in [
@@ -39,7 +42,10 @@ def test_the_command_from_a_text_to_an_answer(folder, tmp_path, capsys):
         (["--init", "magic"], 2, "method must be one of"),
         (["--init", "cartridge:file=nowhere.kvc"], 1, "there is no file nowhere.kvc"),
         (["--init", "self_study:weights=nowhere"], 1, "there is no file nowhere"),
-        (["--init", "self_study:weight=x"], 2, "init 'self_study' has one option, weights; got weight"),
+        (["--init", "self_study:weight=x"], 2, "init 'self_study' has the options weights and shares; got weight"),
+        (["--init", "self_study:shares=nowhere"], 1, "there is no file nowhere"),
+        (["--init", f"self_study:shares={document}"], 1, "is damaged, or holds no shares of slots"),
+        (["--init", f"self_study:shares={others}"], 1, f"shares {others} was made for another model"),
         (["--kinds", "question,riddle"], 2, "kinds must be some of 'structuring'"),
         (["--short-answers", "2"], 2, "short_answers must be in [0, 1.0], got 2.0"),
         (["--layer-steps", "5"], 2, "init 'cartridge' reads the first tokens only: give another init"),
