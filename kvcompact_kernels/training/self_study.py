@@ -115,9 +115,10 @@ class SelfStudyConfig:
             than the paper, which draws its five kinds alike.
         recall: passages of the text beside them, which are to be continued from their beginnings: the answer is the text
             itself, so nothing needs to be written. Not in the paper; a cheap way to touch every sentence.
-        gaps: passages beside them in which a number or a name is missing that is to be filled in; on one chunk none is
-            missing twice before each was once. Not in the paper either. A small model that writes questions asks for the
-            same facts again and again, and never for others; here all are asked for.
+        gaps: passages beside them in which a number or a name is missing that is to be filled in, marked in one half of them
+            and with a question word in its place in the other; on one chunk none is missing twice before each was once. Not
+            in the paper either. A small model that writes questions asks for the same facts again and again, and never for
+            others; here all are asked for.
         writer_sees: what is in context while requests are written: the "passage" alone that they shall be about, or the
             whole "chunk", as in the paper. Answers are always written with the chunk in context.
         batch: conversations on one chunk, written together.
@@ -454,7 +455,7 @@ class _Writer:
         return rows
 
     def _gaps(self, draw: random.Random, first: int, last: int, count: int) -> list[tuple[str, str]]:
-        """Passages with a gap, and what belongs there; half of them are shown whole."""
+        """Passages with a gap, and what belongs there; half of them are shown whole, and half have a question word there."""
         found = []
         for start in range(first, last):
             passage, own = self._passage(start, last), len(" ".join(self.pieces[start].split()))
@@ -467,7 +468,10 @@ class _Writer:
             if draw.random() < 0.5:
                 before = "".join(re.findall(r"\S*\s*", before)[-1 - _AROUND :])
                 after = "".join(re.findall(r"\S*\s*", after)[: 1 + _AROUND]).rstrip()
-            rows.append((_GAP.format(before + _MARK + after), span.group()))
+            if draw.random() < 0.5:
+                rows.append((_GAP.format(before + _MARK + after), span.group()))
+            else:
+                rows.append((_ask_in_place(draw, before, span.group(), after), span.group()))
         return rows
 
     def _answer(self, text: str) -> list[int]:
@@ -535,6 +539,23 @@ def _short_wording(draw: random.Random, opening: str) -> str:
     """How a question that begins with ``opening`` asks for few words: as any question may, or as its kind does."""
     own = _SHORT.get(opening, ()) if opening else ()
     return draw.choice(own if own and draw.random() < 0.5 else _SHORT[""])
+
+
+def _ask_in_place(draw: random.Random, before: str, span: str, after: str) -> str:
+    """A passage as a question for one of its words: "The river is how many miles long? Give only the number."
+
+    Closer to what a reader asks than a gap is, and asks for what a small model's own questions leave out.
+    """
+    if re.fullmatch(r"1\d{3}|20\d\d", span):
+        opening, word = "In what year", "what year"
+    elif "%" in span:
+        opening, word = "What percentage", "what percentage"
+    elif span[0].isdigit():
+        opening, word = "How many", "how many" if after[:1].isspace() else "what"
+    else:
+        opening, word = "", "what"
+    text = f"{before}{word}{after}".strip().rstrip(".,;:!?")
+    return f"{text[:1].upper()}{text[1:]}? {_short_wording(draw, opening)}"
 
 
 def _without_wording(request: str) -> str:

@@ -3,6 +3,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -143,20 +144,49 @@ def test_gaps_are_numbers_and_names(passage, spans):
     assert [found.group() for found in self_study._SPAN.finditer(passage)] == spans
 
 
+@pytest.mark.parametrize(
+    ("before", "span", "after", "asked"),
+    [
+        ("The Mill was sold in ", "1971", ".", "The Mill was sold in what year?"),
+        ("The river is ", "97", " miles long.", "The river is how many miles long?"),
+        ("the mill (", "97", ") was sold", "The mill (what) was sold?"),
+        ("She sold ", "12.5%", " of it;", "She sold what percentage of it?"),
+        ("", "Olaf", " paid 1,200 crowns, says Olaf's", "What paid 1,200 crowns, says Olaf's?"),
+    ],
+)
+def test_a_gap_as_a_question(before, span, after, asked):
+    kind = {"1971": "In what year", "97": "How many", "12.5%": "What percentage"}.get(span, "")
+    endings = {
+        self_study._ask_in_place(random.Random(i), before, span, after).removeprefix(f"{asked} ") for i in range(40)
+    }
+    assert len(endings) > 4 and endings <= {*self_study._SHORT[""], *self_study._SHORT[kind]}
+
+
 def test_passages_with_gaps(model, tokenizer, tmp_path):
     config = replace(SMALL, gaps=37, batch=16, answer_tokens=40, chunk_tokens=170)
     data = prepare_conversations(model, tokenizer, FACTS, config, tmp_path)
+    requests = [r for unit in range(config.units) for r in self_study._unit_header(data.folder, unit)["requests"]]
     flat = " ".join(FACTS.split())
-    filled = []
+    filled, questions = [], 0
     for i in range(len(data)):
         one = data[i]
         if one.kind != self_study.GAP:
             continue
-        asked, answer = tokenizer.decode(one.prompt), tokenizer.decode(one.answer)
-        begun, mark, rest = asked.split('"')[1].partition("____")
-        assert mark and f"{begun}{answer}{rest}" in flat and answer not in begun + rest
-        assert torch.equal(one.targets.gold, one.answer)
+        asked, answer = requests[i], tokenizer.decode(one.answer)
+        assert asked in tokenizer.decode(one.prompt) and torch.equal(one.targets.gold, one.answer)
+        if "____" in asked:
+            begun, _, rest = asked.split('"')[1].partition("____")
+        else:  # a question word stands there
+            bare = self_study._without_wording(asked)
+            assert bare.endswith("?") and bare != asked
+            begun, rest = re.split(
+                r"\b(?:what year|what percentage|how many|what)\b", bare[:-1], maxsplit=1, flags=re.IGNORECASE
+            )
+            questions += 1
+        assert f"{begun[1:]}{answer}{rest}" in flat  # the first letter may have become a capital
+        assert answer not in begun + rest
         filled.append((i, answer, begun + rest))
+    assert 10 < questions < 27
     answers = [answer for _, answer, _ in filled]
     assert set(answers) == {"1971", "Anna Berg", "12.5%", "Mill of Tore", "Olaf", "1,200", "97", "Sea of Glass"}
     # it stands twice in the second sentence, and would be read off it
