@@ -30,7 +30,8 @@ from .self_study import GAP, RECALL, Conversation
 
 BATCH = 16
 MAX_POSITIONS = 2048  # of answers, whose queries the fit takes; each gives one to every query head
-FIT_CONVERSATIONS = 512  # from so many at most, where nothing but the fit reads them
+# so many are read at most: for the ranking, and where a selector ranks and they are for the fit alone
+RANKING_CONVERSATIONS, FIT_CONVERSATIONS = 2048, 512
 # Far above those of Attention Matching: its slots answer for the whole text, where a fact is to be read off its own tokens,
 # and a fit that follows the many answers spoils the one that was not asked for. Chosen in docs/training.md's example.
 MASS_RIDGE, VALUE_RIDGE = 0.1, 1.0
@@ -56,18 +57,21 @@ def study_start(
     Args:
         model: patched and frozen.
         ids: the text; the model must have as many positions.
-        conversations: on it, at least one; passages to continue, or with gaps, count only where there is nothing else.
-            With a selector ``FIT_CONVERSATIONS`` of them, drawn once and for all.
+        conversations: on it, at least one; passages to continue count only where there is nothing else, and so do gaps where
+            there is a selector. ``RANKING_CONVERSATIONS`` of them, or ``FIT_CONVERSATIONS`` with a selector, are drawn once
+            and for all.
         slots: per KV head and layer, more than ``sinks`` and at most ``len(ids)``; with ``shares`` the mean of them.
         sinks: first tokens that are kept in any case.
         selector: chooses the tokens.
         shares: ``[compacted layers][KV heads]``: how the slots are shared, as ``HeadShares`` holds it; None takes those of
             the selector, if it has any, or else the same number for all.
     """
-    # a passage that is continued looks at all of its tokens alike, and ranks none before another; gaps have not been tried
-    conversations = [c for c in conversations if c.kind not in (RECALL, GAP)] or list(conversations)
-    if selector is not None and len(conversations) > FIT_CONVERSATIONS:
-        conversations = random.Random(0).sample(conversations, FIT_CONVERSATIONS)
+    # a passage that is continued looks at all of its tokens alike, and ranks none before another
+    unranked = (RECALL,) if selector is None else (RECALL, GAP)
+    most = RANKING_CONVERSATIONS if selector is None else FIT_CONVERSATIONS
+    conversations = [c for c in conversations if c.kind not in unranked] or list(conversations)
+    if len(conversations) > most:
+        conversations = random.Random(0).sample(conversations, most)
     reader = Full() if selector is None else _Expectation(selector.to(model.device), sinks)
     full = model.compact(torch.tensor([list(ids)], device=model.device), method=reader, ratio=1)
     kept = [i for i, kind in enumerate(spec.layer_kinds) if kind == "full"]

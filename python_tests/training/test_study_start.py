@@ -109,6 +109,22 @@ def test_passages_to_continue_count_only_where_there_is_nothing_else():
 
 
 @torch.no_grad()
+def test_gaps_rank_tokens_but_are_not_what_a_selectors_choice_is_fitted_to():
+    model = tiny_model("llama", torch.float32, max_position_embeddings=128)
+    gaps = [conversation([56 + i, 57], [67, 68 + i], "gap") for i in range(6)]
+    asked = [conversation(talk.prompt.tolist(), talk.answer.tolist()) for talk in gaps]
+    for one, other in ((gaps, asked), ([*TALKS, *gaps], [*TALKS, *asked])):
+        found, wanted = started(model, one, 8), started(model, other, 8)
+        for a, b in zip(found.layers, wanted.layers):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+    alone = started(model, TALKS, 8)
+    assert any(not torch.equal(a.keys, b.keys) for a, b in zip(found.layers, alone.layers))
+    selector = new_selector(model_spec(model))
+    with_gaps, without = (started(model, talks, 8, selector=selector) for talks in ([*TALKS, *gaps], TALKS))
+    assert all(torch.equal(a.values, b.values) for a, b in zip(with_gaps.layers, without.layers))
+
+
+@torch.no_grad()
 def test_all_slots_are_the_text_itself():
     model = tiny_model("llama", torch.float64, max_position_embeddings=128)
     cache = started(model, TALKS, len(TEXT))
@@ -171,7 +187,7 @@ def new_selector(spec, **options):
 
 
 @torch.no_grad()
-def test_with_a_selector_some_of_many_conversations_are_read(monkeypatch):
+def test_some_of_many_conversations_are_read(monkeypatch):
     model = tiny_model("llama", torch.float32, max_position_embeddings=128)
     selector = new_selector(model_spec(model))
     talks = [conversation([50 + i, 70 + i], [60 + i, 90 - i, 40 + i]) for i in range(9)]
@@ -184,10 +200,13 @@ def test_with_a_selector_some_of_many_conversations_are_read(monkeypatch):
     few = random.Random(0).sample(talks, 4)
     for one, wanted in zip(some.layers, started(model, few, 9, selector=selector).layers):
         torch.testing.assert_close(one.values, wanted.values)
-    # conversations that choose themselves are all read
-    kept = started(model, talks, 9)
+    # where conversations choose, it has a limit of its own
+    monkeypatch.setattr(study_start_module, "RANKING_CONVERSATIONS", 6)
+    kept, ranked = started(model, talks, 9), started(model, random.Random(0).sample(talks, 6), 9)
     monkeypatch.undo()
-    assert all(torch.equal(a.keys, b.keys) for a, b in zip(kept.layers, started(model, talks, 9).layers))
+    whole = started(model, talks, 9)
+    for one, wanted, other in zip(kept.layers, ranked.layers, whole.layers):
+        assert torch.equal(one.keys, wanted.keys) and not torch.equal(one.values, other.values)
 
 
 @pytest.mark.parametrize("of", ["the selector", "a file, beside a selector", "a file"])
