@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cartridge",
         metavar="METHOD",
         help="whose slots training starts from, with options: attention_matching:queries=repeat, or self_study: the tokens "
-        "that the conversations' answers look at (self_study:weights=F: that the selector of F chooses; self_study:shares=F: with the slots of "
-        "each head that F says), or cartridge:file=F, to train a file's slots further (default: the first tokens)",
+        "that the conversations' answers look at (self_study:weights=F: that the selector of F chooses; self_study:shares=F: "
+        "with the slots of each head that F says), or cartridge:file=F, to train a file's slots further (default: the first "
+        "tokens)",
     )
     parser.add_argument(
         "--layer-steps",

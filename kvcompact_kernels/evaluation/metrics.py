@@ -28,8 +28,8 @@ def next_token_logs(model: Any, ids: Tensor, past: Any, first: int = 1) -> Tenso
     if not 1 <= first < ids.shape[1]:
         raise ValueError(f"first must be in [1, {ids.shape[1] - 1}], got {first}")
     with torch.no_grad():
-        options = {} if past is None else {"use_cache": True}
-        logits = model(ids, logits_to_keep=ids.shape[1] - first + 1, **options, **cache_argument(model, past)).logits
+        keep = ids.shape[1] - first + 1
+        logits = model(ids, use_cache=past is not None, logits_to_keep=keep, **cache_argument(model, past)).logits
     return logits[0, :-1].float().log_softmax(-1)
 
 

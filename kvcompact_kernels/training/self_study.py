@@ -46,17 +46,24 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "question": (
         "Write one short question that this passage answers.",
         (
-            *("What", "What is", "Which", "Who", "When", "Where", "How many", "In what year", "How", "Why"),
-            *(
-                "In which",
-                "By which",
-                "Of which",
-                "From what",
-                "What percentage",
-                "How much",
-                "Since when",
-                "With whom",
-            ),
+            "What",
+            "What is",
+            "Which",
+            "Who",
+            "When",
+            "Where",
+            "How many",
+            "In what year",
+            "How",
+            "Why",
+            "In which",
+            "By which",
+            "Of which",
+            "From what",
+            "What percentage",
+            "How much",
+            "Since when",
+            "With whom",
         ),
     ),
     "use_case": (
@@ -75,23 +82,32 @@ _RECALL = 'Continue this passage of the text: "{}"'
 _GAP = 'Which words of the text are missing here? "{}"'
 _MARK = "____"
 _AROUND = 8  # words on either side of a gap that are shown, where it is not the whole passage
-# how a short answer is asked for, by the words that the question begins with; "": whatever it asks. Several, for slots that
-# have met one wording answer worse to the others
-_SHORT = {
-    "": (
-        *("Answer in a few words.", "Answer briefly.", "Give only the answer.", "Answer with a name or a word only."),
-        *("Reply with the answer alone, no sentence.", "Keep the answer as short as possible."),
-    ),
-    "Who": ("Give only the name.", "Answer with just the name."),
-    "With whom": ("Give only the name.", "Answer with just the name."),
+# how a short answer is asked for, whatever the question, and by the words that it begins with. Several ways: a reader has
+# others again
+_SHORT = (
+    "Answer in a few words.",
+    "Answer briefly.",
+    "Give only the answer.",
+    "Answer with a name or a word only.",
+    "Reply with the answer alone, no sentence.",
+    "Keep the answer as short as possible.",
+)
+_NAME, _DATE = (
+    ("Give only the name.", "Answer with just the name."),
+    ("Answer with just the date.", "Give only the year."),
+)
+_SHORT_BY_OPENING = {
+    "Who": _NAME,
+    "With whom": _NAME,
     "Where": ("Answer with just the place.", "Only name the place."),
-    "When": ("Answer with just the date.", "Give only the year."),
-    "Since when": ("Answer with just the date.", "Give only the year."),
+    "When": _DATE,
+    "Since when": _DATE,
     "In what year": ("Give only the year.", "Answer with just the year."),
     "How many": ("Answer with just the number.", "Give only the number."),
     "How much": ("Answer with just the number.", "Give only the amount."),
     "What percentage": ("Answer with just the number.", "Give only the percentage."),
 }
+_WORDINGS = sorted({*_SHORT, *(wording for own in _SHORT_BY_OPENING.values() for wording in own)})
 # what gaps are made of: numbers, and names; a capital that begins a sentence makes none
 _SPAN = re.compile(
     r"\d[\d.,:/]*\d%?|\d%?|(?<!^)(?<![.!?=]\s)(?<![\w'’-])[A-Z][\w'’-]*(?:\s+(?:(?:of|the|de)\s+)*[A-Z][\w'’-]*)*"
@@ -307,7 +323,9 @@ def prepare_conversations(
         "document": hashlib.sha256(document.encode()).hexdigest(),
         "prompt": form.to_json(),
         "config": json.loads(json.dumps(asdict(config))),
-        "seeds": hashlib.sha256(json.dumps([KINDS, _SEED, _SHORT, _RECALL, _GAP]).encode()).hexdigest()[:16],
+        "seeds": hashlib.sha256(
+            json.dumps([KINDS, _SEED, _SHORT, _SHORT_BY_OPENING, _RECALL, _GAP]).encode()
+        ).hexdigest()[:16],
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     own = Path(folder) / f"conversations-{digest}"
@@ -468,10 +486,9 @@ class _Writer:
             if draw.random() < 0.5:
                 before = "".join(re.findall(r"\S*\s*", before)[-1 - _AROUND :])
                 after = "".join(re.findall(r"\S*\s*", after)[: 1 + _AROUND]).rstrip()
-            if draw.random() < 0.5:
-                rows.append((_GAP.format(before + _MARK + after), span.group()))
-            else:
-                rows.append((_ask_in_place(draw, before, span.group(), after), span.group()))
+            marked = draw.random() < 0.5
+            asked = _GAP.format(before + _MARK + after) if marked else _ask_in_place(draw, before, span.group(), after)
+            rows.append((asked, span.group()))
         return rows
 
     def _answer(self, text: str) -> list[int]:
@@ -537,8 +554,8 @@ class _Writer:
 
 def _short_wording(draw: random.Random, opening: str) -> str:
     """How a question that begins with ``opening`` asks for few words: as any question may, or as its kind does."""
-    own = _SHORT.get(opening, ()) if opening else ()
-    return draw.choice(own if own and draw.random() < 0.5 else _SHORT[""])
+    own = _SHORT_BY_OPENING.get(opening)
+    return draw.choice(own if own and draw.random() < 0.5 else _SHORT)
 
 
 def _ask_in_place(draw: random.Random, before: str, span: str, after: str) -> str:
@@ -559,9 +576,8 @@ def _ask_in_place(draw: random.Random, before: str, span: str, after: str) -> st
 
 
 def _without_wording(request: str) -> str:
-    for wording in (w for wordings in _SHORT.values() for w in wordings):
-        request = request.removesuffix(f" {wording}")
-    return request
+    """A request, without what it says of a short answer."""
+    return next((request.removesuffix(f" {w}") for w in _WORDINGS if request.endswith(f" {w}")), request)
 
 
 def tidy_request(text: str, kind: str) -> str:

@@ -155,11 +155,11 @@ def test_gaps_are_numbers_and_names(passage, spans):
     ],
 )
 def test_a_gap_as_a_question(before, span, after, asked):
-    kind = {"1971": "In what year", "97": "How many", "12.5%": "What percentage"}.get(span, "")
+    kind = {"1971": "In what year", "97": "How many", "12.5%": "What percentage"}.get(span)
     endings = {
         self_study._ask_in_place(random.Random(i), before, span, after).removeprefix(f"{asked} ") for i in range(40)
     }
-    assert len(endings) > 4 and endings <= {*self_study._SHORT[""], *self_study._SHORT[kind]}
+    assert len(endings) > 4 and endings <= {*self_study._SHORT, *self_study._SHORT_BY_OPENING.get(kind, ())}
 
 
 def test_passages_with_gaps(model, tokenizer, tmp_path):
@@ -175,15 +175,16 @@ def test_passages_with_gaps(model, tokenizer, tmp_path):
         asked, answer = requests[i], tokenizer.decode(one.answer)
         assert asked in tokenizer.decode(one.prompt) and torch.equal(one.targets.gold, one.answer)
         if "____" in asked:
-            begun, _, rest = asked.split('"')[1].partition("____")
+            begun, mark, rest = asked.split('"')[1].partition("____")
+            assert mark and f"{begun}{answer}{rest}" in flat
         else:  # a question word stands there
             bare = self_study._without_wording(asked)
             assert bare.endswith("?") and bare != asked
             begun, rest = re.split(
                 r"\b(?:what year|what percentage|how many|what)\b", bare[:-1], maxsplit=1, flags=re.IGNORECASE
             )
+            assert f"{begun[1:]}{answer}{rest}" in flat  # the first letter may have become a capital
             questions += 1
-        assert f"{begun[1:]}{answer}{rest}" in flat  # the first letter may have become a capital
         assert answer not in begun + rest
         filled.append((i, answer, begun + rest))
     assert 10 < questions < 27
@@ -247,13 +248,14 @@ def test_short_answers_are_asked_for_in_many_wordings(model, tokenizer, tmp_path
     config = SelfStudyConfig(48, 60, ("question",), batch=12, request_tokens=3, answer_tokens=2, short_answers=1.0)
     data = prepare_conversations(model, tokenizer, TEXT, config, tmp_path)
     requests = [r for unit in range(config.units) for r in self_study._unit_header(data.folder, unit)["requests"]]
-    known = {w for wordings in self_study._SHORT.values() for w in wordings}
+    by_opening = {"": self_study._SHORT, **self_study._SHORT_BY_OPENING}
+    known = {w for wordings in by_opening.values() for w in wordings}
     endings = [max((w for w in known if request.endswith(f" {w}")), key=len) for request in requests]  # each has one
     assert len(set(endings)) >= 8
     for request, ending in zip(requests, endings):
         bare = self_study._without_wording(request)
         assert bare == request.removesuffix(f" {ending}") != request
-        kinds = [k for k, wordings in self_study._SHORT.items() if ending in wordings]
+        kinds = [k for k, wordings in by_opening.items() if ending in wordings]
         assert any(bare.startswith(kind) for kind in kinds), (request, kinds)
 
 
